@@ -1,0 +1,120 @@
+"""
+Every error the mesh raises, in one tree.
+
+::
+
+    MeshError
+    ├── ConfigurationError        nothing starts; exit code 78
+    │   └── RunDirError           the run directory cannot be used
+    ├── AlreadyRunningError       somebody else holds the lock; exit code 75
+    ├── HandlerSignatureError     an agent class is written wrongly (raised when the class is made)
+    ├── TopicError                a name that the topic grammar does not allow
+    ├── PayloadError              data that does not fit its schema or cannot travel
+    ├── EventTooLargeError        an event over the size limit
+    ├── FrameError                bytes from the wire that are no event
+    ├── NotConnectedError         connect() was not called
+    ├── ClosedError               used after close()
+    └── BrokerUnavailableError    the fabric does not answer
+        ├── BackpressureError     the fabric does not take more within the limit
+        └── RequestTimeoutError   nobody replied in time
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+EXIT_BUG = 70
+EXIT_LOCKED = 75
+EXIT_CONFIGURATION = 78
+
+
+class MeshError(Exception):
+    """Base of all errors of the mesh."""
+
+
+class ConfigurationError(MeshError):
+    """
+    Settings that cannot be used; carries every mistake found, not only the first.
+
+    Args:
+        problems: One sentence a mistake: what was wrong, the value, what is allowed.
+    """
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        """Keep the mistakes and join them for the message."""
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class RunDirError(ConfigurationError):
+    """The run directory cannot be used; the message says why and what to do."""
+
+
+class AlreadyRunningError(MeshError):
+    """
+    Another process holds the lock.
+
+    Args:
+        what: What is locked, in words.
+        pid: The process that holds it, when the lock file says so.
+    """
+
+    def __init__(self, what: str, pid: int | None) -> None:
+        """Name the thing and its owner."""
+        self.pid = pid
+        owner = f"by process {pid}" if pid else "by another process"
+        super().__init__(f"{what} is already held {owner}; stop it first, or use another MESH_DIR")
+
+
+class HandlerSignatureError(MeshError, TypeError):
+    """A handler whose arguments the mesh cannot fill."""
+
+
+class TopicError(MeshError, ValueError):
+    """A name that breaks the topic grammar."""
+
+
+class PayloadError(MeshError, ValueError):
+    """Data that does not fit the schema of its event type, or that cannot be encoded."""
+
+
+class EventTooLargeError(PayloadError):
+    """An event larger than the limit on the wire."""
+
+
+class FrameError(MeshError, ValueError):
+    """
+    Bytes that are no event.
+
+    Args:
+        reason: One word for counters, such as ``undecodable`` or ``too_deep``.
+        detail: What was wrong, for people.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        """Keep the reason apart from the words."""
+        self.reason = reason
+        super().__init__(f"{reason}: {detail}")
+
+
+class NotConnectedError(MeshError):
+    """The broker was used before ``connect()``."""
+
+
+class ClosedError(MeshError):
+    """Something was used after it was closed."""
+
+
+class BrokerUnavailableError(MeshError):
+    """The fabric does not answer."""
+
+
+class BackpressureError(BrokerUnavailableError):
+    """The fabric did not take the event within the limit."""
+
+
+class RequestTimeoutError(BrokerUnavailableError):
+    """Nobody replied within the time limit."""

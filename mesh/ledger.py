@@ -1,0 +1,431 @@
+"""
+Counters of one agent in a small memory-mapped file, so that they survive ``kill -9`` and anybody
+on the host can read them at any time without asking the agent.
+
+The file is the *loss ledger*: what each publisher has said (its last sequence number per type),
+and what each consumer has received, lost and settled per publisher and type. A killed agent's
+successor opens the same file and goes on counting, so a loss is counted to the event.
+
+Layout, little endian, one writer (the agent), any number of readers::
+
+    0      header: magic u64, version u64, then the cells named in `HEADER`, then the histogram
+    4096   records of 256 bytes: kind u8, key length u8, key (198 bytes), pad to 200, 7 cells u64
+
+Key of an OUT record: ``topic``. Key of an IN record: ``publisher\\0topic``. Of a COUNT: a reason.
+"""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mesh.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+MAGIC = 0x4C45_4749_4F4E_4C31
+VERSION = 1
+_HEADER_BYTES = 4096
+_RECORD_BYTES = 256
+_KEY_BYTES = 198
+_RECORDS = 4096  # sparse: only touched pages take room
+_FILE_BYTES = _HEADER_BYTES + _RECORDS * _RECORD_BYTES
+_CELL = 8
+
+OUT, IN, COUNT = 1, 2, 3
+
+#: Cells of the header, by position after magic and version.
+HEADER = (
+    "pid",
+    "incarnation",
+    "state",
+    "ready_at_us",
+    "beat_mono_ms",
+    "handled",
+    "failed",
+    "sources",
+    "queue",
+    "started_mono_ms",
+    "lag_us",
+    "restarts",
+)
+_AT = {name: 2 + index for index, name in enumerate(HEADER)}
+
+STATES = ("absent", "starting", "ready", "draining", "stopped")
+SOURCES = ("none", "waiting", "running", "done", "failed")
+
+#: Upper bounds of the latency buckets in microseconds: 8 a doubling, 1 us to 67 s.
+BUCKETS = tuple(round(2 ** (step / 8)) for step in range(8 * 26 + 1))
+_HISTOGRAM_AT = 64
+_RECORDS_AT = _HEADER_BYTES // _CELL
+_RECORD_CELLS = _RECORD_BYTES // _CELL
+_VALUES_AT = 200 // _CELL
+
+# Values of an OUT record
+OUT_EPOCH, OUT_SEQUENCE, OUT_FRAMES = 0, 1, 2
+# Values of an IN record
+IN_EPOCH, IN_LAST, IN_RECEIVED, IN_LOST, IN_SETTLED, IN_DROPPED = 0, 1, 2, 3, 4, 5
+
+
+class Ledger:
+    """
+    The writing side; hot paths add to `cells` directly, by the index that `out` and `link` give.
+
+    Make one with `Ledger.open(path)` or `Ledger.in_memory()`.
+    """
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        """Take over mapped memory that has the layout above."""
+        self._memory = memory
+        self.cells = memoryview(memory).cast("Q")
+        self._index: dict[tuple[int, str], int] = {}
+        self._used = 0
+        for kind, key, at in _records(self._memory):
+            self._index[kind, key] = at
+            self._used += 1
+
+    @classmethod
+    def open(cls, path: Path) -> Ledger:
+        """
+        Open an agent's file, or make it; what an earlier incarnation counted is kept.
+
+        Raises:
+            ConfigurationError: The file is something else.
+        """
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size not in (0, _FILE_BYTES):
+                raise ConfigurationError(f"{path} is no ledger ({size} bytes); remove it")
+            if size == 0:
+                os.ftruncate(descriptor, _FILE_BYTES)
+            memory = mmap.mmap(descriptor, _FILE_BYTES)
+        finally:
+            os.close(descriptor)
+        ledger = cls(memory)
+        if ledger.cells[0] not in (0, MAGIC):
+            raise ConfigurationError(f"{path} is no ledger; remove it")
+        ledger.cells[0], ledger.cells[1] = MAGIC, VERSION
+        ledger._begin_incarnation()
+        return ledger
+
+    @classmethod
+    def in_memory(cls) -> Ledger:
+        """Make one that nobody else can read, for use outside a mesh directory."""
+        ledger = cls(mmap.mmap(-1, _FILE_BYTES))
+        ledger.cells[0], ledger.cells[1] = MAGIC, VERSION
+        ledger._begin_incarnation()
+        return ledger
+
+    def close(self) -> None:
+        """Give the memory back; the ledger cannot be used afterwards."""
+        self.cells.release()
+        self._memory.close()
+
+    def set(self, name: str, value: int) -> None:
+        """Set a header cell."""
+        self.cells[_AT[name]] = value
+
+    def get(self, name: str) -> int:
+        """Read a header cell."""
+        return self.cells[_AT[name]]
+
+    @staticmethod
+    def at(name: str) -> int:
+        """Give the index of a header cell in `cells`, for hot paths."""
+        return _AT[name]
+
+    def count(self, reason: str, amount: int = 1) -> None:
+        """Add to a named counter such as ``undecodable``."""
+        self.cells[self._record(COUNT, reason)] += amount
+
+    def counts(self) -> dict[str, int]:
+        """Read all named counters."""
+        return {key: self.cells[at] for (kind, key), at in self._index.items() if kind == COUNT}
+
+    def out(self, topic: str) -> int:
+        """Give the index of the first value of what this agent publishes on a topic."""
+        return self._record(OUT, topic)
+
+    def link(self, publisher: str, topic: str) -> int:
+        """Give the index of the first value of what this agent hears from a publisher."""
+        return self._record(IN, f"{publisher}\0{topic}")
+
+    def record_latency(self, latency_us: float) -> None:
+        """Count one delivery's latency in its bucket."""
+        bucket = bisect.bisect_left(BUCKETS, latency_us)
+        self.cells[_HISTOGRAM_AT + min(bucket, len(BUCKETS) - 1)] += 1
+
+    def published(self, topic: str) -> int:
+        """Tell how many events this agent's name has published on a topic, over all incarnations."""
+        at = self._index.get((OUT, topic))
+        return 0 if at is None else self.cells[at + OUT_SEQUENCE]
+
+    def lost(self) -> int:
+        """Sum up what was lost on all links to this agent."""
+        return sum(
+            self.cells[at + IN_LOST] for (kind, _), at in self._index.items() if kind == IN
+        )
+
+    def _record(self, kind: int, key: str) -> int:
+        known = self._index.get((kind, key))
+        return known if known is not None else self._add(kind, key)
+
+    def _add(self, kind: int, key: str) -> int:
+        raw = key.encode()
+        if self._used >= _RECORDS - 1 or len(raw) > _KEY_BYTES:
+            # Counted all the same: everything that has no room of its own shares one record a kind
+            raw, key = b"(others)", "(others)"
+            shared = self._index.get((kind, key))
+            if shared is not None:
+                return shared
+        start = _HEADER_BYTES + self._used * _RECORD_BYTES
+        self._memory[start + 2 : start + 2 + len(raw)] = raw
+        self._memory[start + 1] = len(raw)
+        self._memory[start] = kind  # last: a reader sees the record whole or not at all
+        self._used += 1
+        at = start // _CELL + _VALUES_AT
+        self._index[kind, key] = at
+        return at
+
+    def _begin_incarnation(self) -> None:
+        cells = self.cells
+        cells[_AT["incarnation"]] += 1
+        cells[_AT["pid"]] = os.getpid()
+        for (kind, _), at in self._index.items():
+            if kind != IN:
+                continue
+            # What the dead incarnation had received and not finished went with its inbox
+            unsettled = cells[at + IN_RECEIVED] - cells[at + IN_SETTLED]
+            cells[at + IN_LOST] += unsettled
+            cells[at + IN_RECEIVED] -= unsettled
+
+
+def _records(memory: mmap.mmap | bytes) -> Iterator[tuple[int, str, int]]:
+    for number in range(_RECORDS):
+        start = _HEADER_BYTES + number * _RECORD_BYTES
+        kind = memory[start]
+        if kind == 0:
+            return
+        length = memory[start + 1]
+        yield (
+            kind,
+            memory[start + 2 : start + 2 + length].decode(),
+            start // _CELL + _VALUES_AT,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """What an agent has published on one topic."""
+
+    epoch: int
+    sequence: int
+    frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class In:
+    """What an agent has heard from one publisher on one topic."""
+
+    epoch: int
+    last: int
+    received: int
+    lost: int
+    settled: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerView:
+    """One agent's counters as they stood when they were read."""
+
+    name: str
+    pid: int
+    incarnation: int
+    state: str
+    ready_at_s: float
+    beat_mono_s: float
+    started_mono_s: float
+    handled: int
+    failed: int
+    queue: int
+    lag_s: float
+    sources: str
+    dropped: Mapping[str, int]
+    out: Mapping[str, Out]
+    in_: Mapping[tuple[str, str], In]
+    histogram: tuple[int, ...]
+
+    def latency_us(self, percentile: float) -> float | None:
+        """Give a percentile (0..100) of the delivery latency in microseconds; None without any."""
+        return percentile_us(self.histogram, percentile)
+
+
+def percentile_us(histogram: tuple[int, ...], percentile: float) -> float | None:
+    """Read a percentile (0..100) out of latency buckets: the upper bound of the bucket it is in."""
+    total = sum(histogram)
+    if not total:
+        return None
+    wanted, seen = total * percentile / 100, 0
+    for bound, amount in zip(BUCKETS, histogram, strict=True):
+        seen += amount
+        if seen >= wanted and amount:
+            return float(bound)
+    return float(BUCKETS[-1])
+
+
+def read_ledger(path: Path) -> LedgerView | None:
+    """Read one agent's file; None when it is not (yet) a ledger."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_HEADER_BYTES)
+            if len(raw) < _HEADER_BYTES:
+                return None
+            # Records are dense: read on until the first empty one, not the whole sparse file
+            while True:
+                chunk = file.read(64 * _RECORD_BYTES)
+                raw += chunk
+                if len(chunk) < 64 * _RECORD_BYTES or chunk[-_RECORD_BYTES] == 0:
+                    break
+            raw += bytes(_RECORD_BYTES)
+    except FileNotFoundError:
+        return None
+    return _view(path.name, raw)
+
+
+def _view(name: str, raw: bytes) -> LedgerView | None:
+    cells = memoryview(raw).cast("Q")
+    if cells[0] != MAGIC:
+        return None
+    head = {key: cells[at] for key, at in _AT.items()}
+    out: dict[str, Out] = {}
+    heard: dict[tuple[str, str], In] = {}
+    counts: dict[str, int] = {}
+    for kind, key, at in _records(raw):
+        if kind == OUT:
+            out[key] = Out(*cells[at : at + 3].tolist())
+        elif kind == IN:
+            publisher, _, topic = key.partition("\0")
+            heard[publisher, topic] = In(*cells[at : at + 6].tolist())
+        else:
+            counts[key] = cells[at]
+    return LedgerView(
+        name=name,
+        pid=head["pid"],
+        incarnation=head["incarnation"],
+        state=STATES[head["state"]],
+        ready_at_s=head["ready_at_us"] / 1e6,
+        beat_mono_s=head["beat_mono_ms"] / 1e3,
+        started_mono_s=head["started_mono_ms"] / 1e3,
+        handled=head["handled"],
+        failed=head["failed"],
+        queue=head["queue"],
+        lag_s=head["lag_us"] / 1e6,
+        sources=SOURCES[head["sources"]],
+        dropped=counts,
+        out=out,
+        in_=heard,
+        histogram=tuple(cells[_HISTOGRAM_AT : _HISTOGRAM_AT + len(BUCKETS)].tolist()),
+    )
+
+
+def read_ledgers(directory: Path) -> dict[str, LedgerView]:
+    """Read the ledgers of all agents of a mesh, by agent name."""
+    views: dict[str, LedgerView] = {}
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+        view = read_ledger(path)
+        if view is not None:
+            views[path.name] = view
+    return views
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAccount:
+    """The account of one publisher, topic and subscriber."""
+
+    published: int
+    received: int
+    lost: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of every event of the mesh, from the ledgers alone."""
+
+    links: Mapping[str, LinkAccount] = field(default_factory=dict)
+    published: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def lost_by_link(self) -> dict[str, int]:
+        """Give the links that lost something."""
+        return {name: link.lost for name, link in self.links.items() if link.lost}
+
+    @property
+    def lost(self) -> int:
+        """Sum up what was lost on all links."""
+        return sum(link.lost for link in self.links.values())
+
+    @property
+    def in_flight(self) -> int:
+        """Sum up what was published and has neither been settled nor lost."""
+        return sum(link.in_flight for link in self.links.values())
+
+
+def account(
+    views: Mapping[str, LedgerView],
+    hears: Mapping[str, frozenset[str]] | None = None,
+    *,
+    settled: bool = False,
+) -> Account:
+    """
+    Join the ledgers of publishers and subscribers into one account.
+
+    Args:
+        views: Ledgers by agent name.
+        hears: Topics by agent name, to see links on which nothing ever arrived.
+        settled: True once the mesh is still: what a subscriber has not seen by now is lost, not
+            under way.
+    """
+    links: dict[str, LinkAccount] = {}
+    published: dict[str, int] = {}
+    for publisher in views.values():
+        for topic, said in publisher.out.items():
+            published[topic] = published.get(topic, 0) + said.sequence
+            for subscriber in views.values():
+                heard = subscriber.in_.get((publisher.name, topic))
+                if heard is None:
+                    heard = _never_heard(subscriber, topic, said, hears or {})
+                if heard is not None:
+                    name = f"{publisher.name}>{topic}>{subscriber.name}"
+                    links[name] = _link(said, heard, settled=settled)
+    return Account(links=links, published=published)
+
+
+def _never_heard(
+    subscriber: LedgerView, topic: str, said: Out, hears: Mapping[str, frozenset[str]]
+) -> In | None:
+    """Count a link on which nothing arrived, when the subscriber was listening before it began."""
+    listens = topic in hears.get(subscriber.name, frozenset())
+    if listens and 0 < subscriber.ready_at_s * 1e9 < said.epoch:
+        return In(said.epoch, 0, 0, 0, 0, 0)
+    return None
+
+
+def _link(said: Out, heard: In, *, settled: bool) -> LinkAccount:
+    # A newer epoch means the publisher's ledger was begun anew: nothing of it was seen yet
+    last = heard.last if heard.epoch == said.epoch else 0
+    under_way = max(0, said.sequence - last)
+    unfinished = heard.received - heard.settled
+    return LinkAccount(
+        published=said.sequence,
+        received=heard.received,
+        lost=heard.lost + (under_way if settled else 0),
+        in_flight=unfinished + (0 if settled else under_way),
+    )
