@@ -1,0 +1,257 @@
+"""
+The contract of live delivery: bytes under a topic, from any process to all that subscribed.
+
+A broker moves frames and knows nothing of handlers, retries or spans. Its members live in
+`mesh.brokers`; each passes the same suite (tests/contract). The dict-level ``publish`` and
+``subscribe`` are written here once, on top of the frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+from mesh import codec
+from mesh.clock import SYSTEM_CLOCK
+from mesh.errors import BackpressureError, ClosedError, FrameError, NotConnectedError
+from mesh.events import Event
+from mesh.topics import check_topic
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Mapping
+    from types import TracebackType
+
+_log = logging.getLogger(__name__)
+
+#: How long a publisher waits for a full fabric before it gives up.
+PUBLISH_TIMEOUT_S = 10.0
+
+
+class Receiver(Protocol):
+    """What a broker hands frames to. Both calls come from the loop and must not block."""
+
+    def receive(self, topic: str, frame: bytes) -> None:
+        """Take a frame; anything may be in it."""
+        ...
+
+    def has_room(self) -> bool:
+        """Say whether another frame is welcome; when not, the broker stops reading."""
+        ...
+
+
+class MessageBroker(ABC):
+    """
+    Live publish and subscribe.
+
+    Promises of every member: at most once; in order per publisher and topic; a frame reaches every
+    receiver that was attached when it was sent; a receiver without room slows or loses only what
+    the member documents, and a loss shows as a gap in the sequence numbers.
+    """
+
+    #: The name of the fabric, as in the configuration.
+    fabric: ClassVar[str]
+
+    def __init__(self) -> None:
+        """Begin unconnected."""
+        self._closed = False
+        self._channels: dict[str, list[_Channel]] = {}
+
+    # -- what a member brings ------------------------------------------------------------------
+
+    @abstractmethod
+    async def connect(self) -> None:
+        """
+        Join the fabric; returns when what is published from now on reaches those who listen.
+
+        Raises:
+            BrokerUnavailableError: The fabric does not answer.
+        """
+
+    @abstractmethod
+    async def attach(self, topics: Collection[str], receiver: Receiver) -> None:
+        """
+        Deliver frames of these topics to the receiver; returns when the subscription is in force.
+
+        Raises:
+            NotConnectedError: `connect()` was not called.
+            TopicError: A topic breaks the grammar.
+        """
+
+    @abstractmethod
+    async def detach(self, receiver: Receiver) -> None:
+        """Deliver nothing more to this receiver; unknown ones are ignored."""
+
+    @abstractmethod
+    def resume(self, receiver: Receiver) -> None:
+        """Go on reading for a receiver that has room again."""
+
+    @abstractmethod
+    def try_send(self, topic: str, frame: bytes) -> bool:
+        """
+        Send without waiting.
+
+        Returns:
+            False when the fabric takes nothing now; then await `wait_sendable`.
+        """
+
+    @abstractmethod
+    async def wait_sendable(self) -> None:
+        """Return when `try_send` is worth another try."""
+
+    @abstractmethod
+    async def _close(self) -> None:
+        """Leave the fabric."""
+
+    # -- what all share ------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Leave the fabric; can be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._close()
+
+    async def send(self, topic: str, frame: bytes, timeout_s: float = PUBLISH_TIMEOUT_S) -> None:
+        """
+        Send a frame, waiting while the fabric is full.
+
+        Raises:
+            BackpressureError: It stayed full for `timeout_s` seconds.
+        """
+        if self.try_send(topic, frame):
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.try_send(topic, frame):
+                    await self.wait_sendable()
+        except TimeoutError:
+            raise BackpressureError(
+                f"{self.fabric} took no event on {topic!r} for {timeout_s:g} s;"
+                " is a consumer stopped, or the fabric down?"
+            ) from None
+
+    async def publish(self, channel: str, message: Mapping[str, Any]) -> None:
+        """
+        Send one dict on a channel, as a CloudEvent whose type is the channel.
+
+        Args:
+            channel: A topic.
+            message: A JSON-like object.
+
+        Raises:
+            NotConnectedError: `connect()` was not called.
+            PayloadError: The message cannot travel.
+            BackpressureError: The fabric stayed full.
+        """
+        topic = check_topic(channel)
+        data = codec.encode_payload(topic, dict(message))
+        event = Event(
+            type=topic, data=data, source_agent=self.fabric, timestamp=SYSTEM_CLOCK.now()
+        )
+        await self.send(topic, codec.encode_single(event))
+
+    async def subscribe(
+        self, channel: str, handler: Callable[[dict[str, Any]], Awaitable[None]]
+    ) -> None:
+        """
+        Call a coroutine function with each dict published on a channel, one after the other.
+
+        Args:
+            channel: A topic.
+            handler: Gets the dict; what it raises is logged and does not stop the channel.
+
+        Raises:
+            NotConnectedError: `connect()` was not called.
+        """
+        topic = check_topic(channel)
+        bound = _Channel(self, handler)
+        self._channels.setdefault(topic, []).append(bound)
+        await self.attach([topic], bound)
+
+    async def _close_channels(self) -> None:
+        for bound in [bound for group in self._channels.values() for bound in group]:
+            await self.detach(bound)
+            await bound.stop()
+        self._channels.clear()
+
+    def _require_open(self, *, connected: bool) -> None:
+        if self._closed:
+            raise ClosedError(f"this {type(self).__name__} is closed; make a new one")
+        if not connected:
+            raise NotConnectedError(
+                f"{type(self).__name__} is not connected; call `await broker.connect()` first"
+            )
+
+    async def __aenter__(self) -> Self:
+        """Connect."""
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        await self.close()
+
+
+class _Channel:
+    """One dict-level subscription: a bounded queue and the task that empties it."""
+
+    MAX_QUEUED = 1000
+
+    def __init__(
+        self, broker: MessageBroker, handler: Callable[[dict[str, Any]], Awaitable[None]]
+    ) -> None:
+        self._broker = broker
+        self._handler = handler
+        self._queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._full = False
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="channel")
+
+    def receive(self, topic: str, frame: bytes) -> None:
+        try:
+            batch = codec.decode_frame(topic, frame)
+        except FrameError as error:
+            _log.warning("dropped a frame on %s: %s", topic, error)
+            return
+        for event in batch.events:
+            self._queue.put_nowait(event.data)
+
+    def has_room(self) -> bool:
+        self._full = self._queue.qsize() >= self.MAX_QUEUED
+        return not self._full
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            message = await self._queue.get()
+            try:
+                await self._handler(message)
+            except Exception:
+                _log.exception("the channel's handler failed; the channel goes on")
+            if self._full and self._queue.qsize() < self.MAX_QUEUED // 2:
+                self._full = False
+                self._broker.resume(self)
+
+
+#: The owner's import paths: members can be imported from here, and load when they are asked for.
+_MEMBERS = {
+    "InMemoryMessageBroker": "mesh.brokers.memory",
+    "ZeroMQMessageBroker": "mesh.brokers.zeromq",
+    "RedisMessageBroker": "mesh.brokers.redis",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MEMBERS:
+        return getattr(importlib.import_module(_MEMBERS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The members of `mesh.broker.MessageBroker`: one fabric a file."""

@@ -1,0 +1,323 @@
+"""
+Live delivery between the processes of one host, over ZeroMQ, with nothing to install.
+
+All processes of a mesh connect to one forwarder (`mesh.brokers.forwarder`)::
+
+    publisher XPUB --> XSUB forwarder XPUB --> SUB consumer
+
+One ZeroMQ message is one part: ``topic 0x00 frame``. The delimiter makes a subscription exact.
+
+The sockets' file descriptors are watched on the loop and drained with NOBLOCK in batches:
+`zmq.asyncio` costs eight times as much an event (docs/architecture.md, "Figures").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import sys
+from typing import TYPE_CHECKING, ClassVar
+
+import zmq
+
+from mesh.broker import MessageBroker
+from mesh.codec import MAX_FRAME_BYTES
+from mesh.env import mesh_dir
+from mesh.errors import BrokerUnavailableError
+from mesh.rundir import RunDir
+from mesh.topics import DELIMITER, MAX_TOPIC_LENGTH, check_topic
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Collection
+    from pathlib import Path
+
+    from mesh.broker import Receiver
+
+_log = logging.getLogger(__name__)
+
+#: High-water mark in frames, on each leg. A frame holds 1 to 64 events (or 64 KiB of them).
+HIGH_WATER_FRAMES = 2000
+#: Frames taken from the socket in one go before the loop gets a turn.
+_DRAIN_BUDGET = 32
+_PROBE = "_probe."
+
+
+class ZeroMQMessageBroker(MessageBroker):
+    """
+    A fabric of ZeroMQ sockets in a run directory.
+
+    Args:
+        directory: The mesh's run directory; default MESH_DIR.
+        connect_timeout_s: How long `connect` waits for the fabric.
+    """
+
+    fabric: ClassVar[str] = "zmq"
+
+    def __init__(
+        self, directory: str | Path | None = None, *, connect_timeout_s: float = 15.0
+    ) -> None:
+        """Begin unconnected."""
+        super().__init__()
+        self._rundir = RunDir(directory or mesh_dir())
+        self._connect_timeout_s = connect_timeout_s
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._receivers: dict[bytes, tuple[Receiver, ...]] = {}
+        self._names: dict[bytes, str] = {}
+        self._probes: dict[bytes, _Probe] = {}
+        self._paused = False
+        self._drain_soon = False
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """
+        Join the mesh of the run directory; start a forwarder when none lives there.
+
+        Raises:
+            BrokerUnavailableError: No echo came back from the forwarder in time.
+            RunDirError: The run directory cannot be used.
+        """
+        self._require_open(connected=True)
+        if self._context is not None:
+            return
+        self._rundir.ensure()
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context(io_threads=1)
+        self._context.set(zmq.MAX_SOCKETS, 16)
+        self._publisher = self._socket(zmq.XPUB)
+        # Publisher leg only: EAGAIN instead of a silent drop. On the forwarder's other leg the
+        # same option would let one stopped subscriber stop the mesh.
+        self._publisher.setsockopt(zmq.XPUB_NODROP, 1)
+        self._subscriber = self._socket(zmq.SUB)
+        self._publisher.connect(f"ipc://{self._rundir.socket('in')}")
+        self._subscriber.connect(f"ipc://{self._rundir.socket('out')}")
+        self._loop.add_reader(self._subscriber.fileno(), self._drain)
+        self._loop.add_reader(self._publisher.fileno(), self._read_subscriptions)
+        spawned: subprocess.Popen[bytes] | None = None
+        if not forwarder_lives(self._rundir):
+            spawned = await asyncio.to_thread(_spawn_forwarder, self._rundir)
+        try:
+            await self._barrier(self._connect_timeout_s)
+        except BrokerUnavailableError:
+            await self.close()
+            raise
+        finally:
+            if spawned is not None:
+                _let_go(spawned)
+
+    async def _close(self) -> None:
+        await self._close_channels()
+        if self._context is None:
+            return
+        for socket in (self._subscriber, self._publisher):
+            self._loop.remove_reader(socket.fileno())
+        self._subscriber.close(linger=0)
+        # What was accepted shall leave, but a dead forwarder must not hold us up
+        self._publisher.close(linger=1000)
+        context, self._context = self._context, None
+        await asyncio.to_thread(context.term)
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        assert self._context is not None
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.SNDHWM, HIGH_WATER_FRAMES)
+        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_FRAMES)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + MAX_TOPIC_LENGTH + 1)
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
+        # Without these a frozen forwarder raises no event at all
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 500)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 1500)
+        return socket
+
+    # -- readiness -----------------------------------------------------------------------------
+
+    async def _barrier(self, timeout_s: float) -> None:
+        """
+        Return when an echo of our own came back through the forwarder.
+
+        Subscriptions travel in order on each connection, and the echo is subscribed to last: when
+        it returns, every earlier subscription is in force, and our publisher knows those of others.
+        """
+        self._require_open(connected=self._context is not None)
+        probe = _Probe(f"{_PROBE}{secrets.token_hex(6)}".encode() + DELIMITER)
+        self._probes[probe.topic] = probe
+        self._subscriber.setsockopt(zmq.SUBSCRIBE, probe.topic)
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._check_events()
+                while not probe.returned.is_set():
+                    await self._await_echo(probe)
+        except TimeoutError:
+            raise BrokerUnavailableError(
+                f"no echo from the forwarder in {self._rundir.path} for {timeout_s:g} s;"
+                " `mesh doctor` says what holds it up"
+            ) from None
+        finally:
+            del self._probes[probe.topic]
+            if self._context is not None:
+                self._subscriber.setsockopt(zmq.UNSUBSCRIBE, probe.topic)
+                self._check_events()
+
+    async def _await_echo(self, probe: _Probe) -> None:
+        await probe.subscribed.wait()
+        try:
+            self._publisher.send(probe.topic, zmq.NOBLOCK)
+        except zmq.Again:
+            await self.wait_sendable()
+            return
+        try:
+            # Sent again only when a forwarder died with it: then it is subscribed to anew
+            async with asyncio.timeout(0.5):
+                await probe.returned.wait()
+        except TimeoutError:
+            return
+
+    def _read_subscriptions(self) -> None:
+        while True:
+            try:
+                message = self._publisher.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if message[:1] == b"\x01":
+                probe = self._probes.get(message[1:])
+                if probe is not None:
+                    probe.subscribed.set()
+            elif message[:1] != b"\x00":
+                _log.warning("ignored %d bytes that are no subscription", len(message))
+
+    # -- receiving -----------------------------------------------------------------------------
+
+    async def attach(self, topics: Collection[str], receiver: Receiver) -> None:
+        """Subscribe; returns when the subscription is in force at the forwarder."""
+        self._require_open(connected=self._context is not None)
+        added = False
+        for topic in topics:
+            key = check_topic(topic).encode() + DELIMITER
+            known = self._receivers.get(key, ())
+            if receiver in known:
+                continue
+            self._receivers[key] = (*known, receiver)
+            self._names[key] = str(topic)
+            if not known:
+                self._subscriber.setsockopt(zmq.SUBSCRIBE, key)
+                added = True
+        if added:
+            await self._barrier(self._connect_timeout_s)
+
+    async def detach(self, receiver: Receiver) -> None:
+        """Unsubscribe from topics that nobody else in this process wants."""
+        for key, known in list(self._receivers.items()):
+            left = tuple(each for each in known if each is not receiver)
+            if left:
+                self._receivers[key] = left
+            else:
+                del self._receivers[key], self._names[key]
+                if self._context is not None:
+                    self._subscriber.setsockopt(zmq.UNSUBSCRIBE, key)
+        self.resume(receiver)
+
+    def resume(self, receiver: Receiver) -> None:
+        """Read on."""
+        if self._paused and self._context is not None:
+            self._paused = False
+            self._loop.add_reader(self._subscriber.fileno(), self._drain)
+            self._drain_later()
+
+    def _drain_later(self) -> None:
+        if not self._drain_soon:
+            self._drain_soon = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        """Take what the socket holds; stop when somebody is full, and leave the rest to ZeroMQ."""
+        self._drain_soon = False
+        if self._context is None or self._paused:
+            return
+        receive = self._subscriber.recv
+        for _ in range(_DRAIN_BUDGET):
+            try:
+                message = receive(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if not self._deliver(message):
+                # The descriptor tells of edges only: without a reader nothing spins meanwhile
+                self._paused = True
+                self._loop.remove_reader(self._subscriber.fileno())
+                return
+        self._drain_later()
+
+    def _deliver(self, message: bytes) -> bool:
+        """Hand one message out; False when a receiver has had enough."""
+        cut = message.find(DELIMITER, 0, MAX_TOPIC_LENGTH + 1) + 1
+        key = message[:cut]
+        receivers = self._receivers.get(key)
+        if receivers is None:
+            probe = self._probes.get(key)
+            if probe is not None:
+                probe.returned.set()
+            return True
+        name = self._names[key]
+        frame = message[cut:]
+        room = True
+        for receiver in receivers:
+            receiver.receive(name, frame)
+            room = receiver.has_room() and room
+        return room
+
+    def _check_events(self) -> None:
+        """Look once by hand: the descriptors are edge-triggered and a socket call eats the edge."""
+        self._drain_later()
+        self._loop.call_soon(self._read_subscriptions)
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def try_send(self, topic: str, frame: bytes) -> bool:
+        """Queue a frame for the forwarder, unless the high-water mark is reached."""
+        if self._context is None:
+            self._require_open(connected=False)
+        try:
+            self._publisher.send(topic.encode() + DELIMITER + frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    async def wait_sendable(self) -> None:
+        """Wait a moment: XPUB always claims to be writable, so nothing could wake us."""
+        await asyncio.sleep(0.002)
+
+
+class _Probe:
+    """An echo under way."""
+
+    def __init__(self, topic: bytes) -> None:
+        self.topic = topic
+        self.subscribed = asyncio.Event()
+        self.returned = asyncio.Event()
+
+
+def forwarder_lives(rundir: RunDir) -> bool:
+    """Say whether a forwarder holds its lock in this run directory."""
+    return rundir.holder(rundir.lock("forwarder")) is not None
+
+
+def _spawn_forwarder(rundir: RunDir) -> subprocess.Popen[bytes]:
+    """Start a forwarder that leaves by itself when nobody is connected any more."""
+    import subprocess  # noqa: PLC0415 - agents of a running mesh never need it
+
+    command = [sys.executable, "-m", "mesh.brokers.forwarder", "--adhoc", str(rundir.path)]
+    return subprocess.Popen(  # noqa: S603 - our own module, no shell
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """It outlives us on purpose; keep the interpreter from warning about it."""
+    process.returncode = 0

@@ -1,0 +1,391 @@
+"""
+Who handles what: the registry of handlers, and the running of them.
+
+Dispatch looks one type up in a dict and walks a tuple that was sorted at registration, so its cost
+does not depend on how many handlers other types have.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import logging
+import typing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from mesh.codec import convert_payload
+from mesh.errors import HandlerSignatureError
+from mesh.events import Event
+from mesh.topics import check_topic
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+    Run = Callable[[Event], Awaitable[Any]]
+    #: Wraps the running of one handler; gets the event and what comes next.
+    Middleware = Callable[[Event, Run], Awaitable[Any]]
+
+_log = logging.getLogger(__name__)
+
+
+class HandlerPriority(enum.IntEnum):
+    """Which handlers go first; also the inbox lane of the event types they hear."""
+
+    CRITICAL = 0
+    HIGH = 1
+    NORMAL = 5
+    LOW = 10
+
+
+@dataclass(slots=True, eq=False)
+class Handler:
+    """One registered handler and what is counted of it."""
+
+    topic: str
+    func: Callable[..., Awaitable[Any]]
+    agent_name: str
+    id: str
+    priority: HandlerPriority = HandlerPriority.NORMAL
+    #: Cancelled after this many seconds; None: the consumer's own limit.
+    timeout_s: float | None = None
+    max_retries: int | None = None
+    #: Runs the handler with its payload decoded and all its middleware around.
+    run: Run = field(init=False)
+    calls: int = 0
+    errors: int = 0
+    last_error: str | None = None
+
+    def __post_init__(self) -> None:
+        """Work out how the function wants to be called."""
+        self.run = bind(self.func)
+
+    def failed(self, error: BaseException) -> None:
+        """Count a failure."""
+        self.calls += 1
+        self.errors += 1
+        self.last_error = f"{type(error).__name__}: {error}"
+
+
+def bind(func: Callable[..., Awaitable[Any]]) -> Run:
+    """
+    Give a function of one event that calls a handler the way its signature asks for.
+
+    ``(event)``, ``(payload: Schema)`` and ``(payload: Schema, event)`` are understood; the payload
+    is decoded into the annotated class.
+
+    Raises:
+        HandlerSignatureError: It is no coroutine function, or takes something else.
+    """
+    shape = signature_of(func)
+    if shape.schema is None:
+        return func
+    schema = shape.schema
+    if shape.wants_event:
+
+        async def run_with_both(event: Event) -> Any:
+            return await func(convert_payload(event.data, schema), event)
+
+        return run_with_both
+
+    async def run_with_payload(event: Event) -> Any:
+        return await func(convert_payload(event.data, schema))
+
+    return run_with_payload
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a handler wants to be called."""
+
+    schema: type[Any] | None
+    wants_event: bool
+
+
+def signature_of(func: Callable[..., Any], *, bound: bool = True) -> Shape:
+    """
+    Read a handler's signature.
+
+    Args:
+        func: The handler.
+        bound: False for a plain function that will become a method: ``self`` is skipped.
+
+    Raises:
+        HandlerSignatureError: The message shows the signature and the forms that work.
+    """
+    target = inspect.unwrap(func)
+    if not (
+        inspect.iscoroutinefunction(target)
+        or inspect.iscoroutinefunction(getattr(target, "__call__", None))  # noqa: B004 - its kind, not whether it is there
+    ):
+        raise _wrong(func, "is not a coroutine function: write `async def`")
+    try:
+        parameters = list(inspect.signature(func).parameters.values())
+    except (TypeError, ValueError):
+        return Shape(None, wants_event=True)
+    if not bound:
+        parameters = parameters[1:]
+    needed = [each for each in parameters if _is_needed(each)]
+    if any(each.kind is each.KEYWORD_ONLY for each in needed) or len(needed) > 2:
+        raise _wrong(func, "takes arguments that the mesh cannot fill")
+    if not needed and not any(_takes_position(each) for each in parameters):
+        raise _wrong(func, "takes no event")
+    hints = _hints(func)
+    taken = needed or [each for each in parameters if _takes_position(each)][:1]
+    classes = [hints.get(each.name) for each in taken]
+    if len(taken) == 1:
+        only = classes[0]
+        return Shape(None, wants_event=True) if _is_event(only) else Shape(_schema(func, only), wants_event=False)
+    if not _is_event(classes[1]):
+        raise _wrong(func, f"takes {taken[1].name!r} second, which must be the Event")
+    if classes[0] is None:
+        raise _wrong(func, f"does not say what {taken[0].name!r} is: annotate it with a class")
+    return Shape(_schema(func, classes[0]), wants_event=True)
+
+
+def _schema(func: Callable[..., Any], annotated: Any) -> type[Any]:
+    origin = typing.get_origin(annotated) or annotated
+    if not isinstance(origin, type):
+        raise _wrong(func, f"asks for {annotated!r}, which is not a class")
+    if origin in (str, int, float, bool, bytes, list, tuple, set):
+        raise _wrong(func, f"asks for {origin.__name__}; payloads are objects")
+    schema: type[Any] = annotated
+    return schema
+
+
+def _is_event(annotated: Any) -> bool:
+    return annotated is None or annotated is Event or annotated is Any
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind not in (
+        parameter.VAR_POSITIONAL,
+        parameter.VAR_KEYWORD,
+    )
+
+
+def _takes_position(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (
+        parameter.POSITIONAL_ONLY,
+        parameter.POSITIONAL_OR_KEYWORD,
+        parameter.VAR_POSITIONAL,
+    )
+
+
+def _hints(func: Callable[..., Any]) -> dict[str, Any]:
+    raw = getattr(inspect.unwrap(func), "__annotations__", {})
+    try:
+        return typing.get_type_hints(func)
+    except (NameError, TypeError):
+        # Written for type checkers only (TYPE_CHECKING): `Event` is the one name known anyway
+        return {name: Event if hint == "Event" else hint for name, hint in raw.items()}
+
+
+def _wrong(func: Callable[..., Any], why: str) -> HandlerSignatureError:
+    name = getattr(func, "__qualname__", repr(func))
+    return HandlerSignatureError(
+        f"handler {name} {why}. Handlers look like `async def h(event: Event)`,"
+        " `async def h(payload: MyStruct)` or `async def h(payload: MyStruct, event: Event)`"
+    )
+
+
+class EventHandlerRegistry:
+    """
+    Handlers by event type; safe to share between the consumers of a process.
+
+    Args:
+        middleware: Wrapped around every handler, the first outermost. None costs nothing.
+    """
+
+    def __init__(self, middleware: Sequence[Middleware] = ()) -> None:
+        """Begin empty."""
+        self._middleware = tuple(middleware)
+        self._handlers: dict[str, dict[tuple[str, str], Handler]] = {}
+        self._by_topic: dict[str, tuple[Handler, ...]] = {}
+        self._of_agent: dict[tuple[str, str], tuple[Handler, ...]] = {}
+        self._agents_of: dict[str, set[str]] = {}
+        self._unheard: dict[str, int] = {}
+        self._dispatched = 0
+
+    async def register(
+        self,
+        event_type: str,
+        handler_func: Callable[..., Awaitable[Any]],
+        agent_name: str,
+        handler_id: str,
+        priority: HandlerPriority = HandlerPriority.NORMAL,
+        *,
+        timeout_s: float | None = None,
+        max_retries: int | None = None,
+        middleware: Sequence[Middleware] = (),
+    ) -> Handler:
+        """
+        Run a coroutine function for every event of a type.
+
+        Args:
+            event_type: The type to hear.
+            handler_func: ``(event)``, ``(payload: Schema)`` or ``(payload: Schema, event)``.
+            agent_name: Whose handler it is; consumers run only their own agent's handlers.
+            handler_id: Unique within the agent and type; registering again replaces.
+            priority: Most urgent first.
+            timeout_s: Cancel the handler after so many seconds.
+            max_retries: How often it is tried again after it raised.
+            middleware: Around this handler only, inside the registry's own.
+
+        Raises:
+            HandlerSignatureError: The function cannot be called with an event.
+            TopicError: The type breaks the topic grammar.
+        """
+        topic = check_topic(event_type)
+        handler = Handler(
+            topic,
+            handler_func,
+            agent_name,
+            handler_id,
+            HandlerPriority(priority),
+            timeout_s,
+            max_retries,
+        )
+        handler.run = compose((*self._middleware, *middleware), handler.run)
+        self._handlers.setdefault(topic, {})[agent_name, handler_id] = handler
+        self._sort(topic)
+        return handler
+
+    async def unregister(self, agent_name: str, handler_id: str | None = None) -> int:
+        """Forget an agent's handlers, or one of them; returns how many."""
+        gone = [
+            (topic, key)
+            for topic, of_topic in self._handlers.items()
+            for key in of_topic
+            if key[0] == agent_name and handler_id in (None, key[1])
+        ]
+        for topic, key in gone:
+            del self._handlers[topic][key]
+        for topic in {topic for topic, _ in gone}:
+            self._sort(topic)
+        return len(gone)
+
+    def handlers_of(self, topic: str, agent_name: str | None = None) -> tuple[Handler, ...]:
+        """Give the handlers of a type, most urgent first; of one agent or of all."""
+        if agent_name is None:
+            return self._by_topic.get(topic, ())
+        return self._of_agent.get((topic, agent_name), ())
+
+    def topics_of(self, agent_name: str) -> list[str]:
+        """List the types an agent has handlers for."""
+        return sorted({topic for topic, agent in self._of_agent if agent == agent_name})
+
+    async def dispatch(self, event: Event) -> int:
+        """
+        Run all handlers of the event's type, most urgent first, one after the other.
+
+        A handler that raises is counted and logged; the others run all the same.
+
+        Returns:
+            How many ran to the end.
+        """
+        handlers = self._by_topic.get(event.type)
+        if handlers is None:
+            self.say_unheard(event.type)
+            return 0
+        self._dispatched += 1
+        if len(handlers) == 1:
+            return await run_counted(handlers[0], event)
+        executed = 0
+        for position, handler in enumerate(handlers):
+            executed += await run_counted(handler, own_copy(event) if position else event)
+        return executed
+
+    def say_unheard(self, topic: str) -> None:
+        """Count an event that nobody handles; say so once a type."""
+        seen = self._unheard.get(topic, 0)
+        self._unheard[topic] = seen + 1
+        if not seen:
+            _log.warning("No handlers registered for event %s (said once per type)", topic)
+
+    async def get_stats(self) -> dict[str, Any]:
+        """
+        Sum up what the handlers did.
+
+        Returns:
+            ``total_handlers``, ``total_calls``, ``total_errors``, ``error_rate`` (0..1),
+            ``events_dispatched``, ``unhandled`` (by type) and ``handlers`` (one row each).
+        """
+        rows = [row for of_topic in self._handlers.values() for row in of_topic.values()]
+        calls = sum(handler.calls for handler in rows)
+        errors = sum(handler.errors for handler in rows)
+        return {
+            "total_handlers": len(rows),
+            "total_calls": calls,
+            "total_errors": errors,
+            "error_rate": errors / calls if calls else 0.0,
+            "events_dispatched": self._dispatched,
+            "unhandled": dict(self._unheard),
+            "handlers": [
+                {
+                    "event_type": row.topic,
+                    "agent_name": row.agent_name,
+                    "handler_id": row.id,
+                    "priority": row.priority.name,
+                    "calls": row.calls,
+                    "errors": row.errors,
+                    "last_error": row.last_error,
+                }
+                for row in rows
+            ],
+        }
+
+    def _sort(self, topic: str) -> None:
+        of_topic = sorted(self._handlers[topic].values(), key=lambda handler: handler.priority)
+        for agent in self._agents_of.pop(topic, ()):
+            del self._of_agent[topic, agent]
+        if not of_topic:
+            del self._handlers[topic]
+            self._by_topic.pop(topic, None)
+            return
+        self._by_topic[topic] = tuple(of_topic)
+        agents = self._agents_of[topic] = {handler.agent_name for handler in of_topic}
+        for agent in agents:
+            self._of_agent[topic, agent] = tuple(
+                handler for handler in of_topic if handler.agent_name == agent
+            )
+
+
+async def run_counted(handler: Handler, event: Event) -> int:
+    """Run a handler; count and log what it raises. Returns 1 when it ran to the end, else 0."""
+    try:
+        await handler.run(event)
+    except Exception as error:
+        handler.failed(error)
+        _log.exception(
+            "handler %s of %s failed on %s %s; the other handlers go on",
+            handler.id,
+            handler.agent_name,
+            event.type,
+            event.id,
+        )
+        return 0
+    handler.calls += 1
+    return 1
+
+
+def own_copy(event: Event) -> Event:
+    """Give a handler a payload of its own, so that none sees what its neighbour did to it."""
+    copied: Event = msgspec.structs.replace(event, data=msgspec.to_builtins(event.data, builtin_types=(bytes,)))
+    return copied
+
+
+def compose(middleware: Iterable[Middleware], run: Run) -> Run:
+    """Wrap a handler, the first middleware outermost; none at all gives the handler itself."""
+    for layer in reversed(tuple(middleware)):
+        run = _wrap(layer, run)
+    return run
+
+
+def _wrap(layer: Middleware, inner: Run) -> Run:
+    async def run(event: Event) -> Any:
+        return await layer(event, inner)
+
+    return run

@@ -1,0 +1,143 @@
+"""
+Logging of one process: to a file of its own, through a bounded queue.
+
+Agents do not log to stdout: supervisord reads that pipe, and a stopped supervisord would block
+every agent that prints. The queue is bounded and never waits: what does not fit is counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+MAX_QUEUED = 10_000
+MAX_FILE_BYTES = 5 * 1024 * 1024
+_KEPT_FILES = 2
+
+_once: set[str] = set()
+
+
+def say_once(logger: logging.Logger, key: str, message: str, *values: object) -> None:
+    """Log a warning the first time a key is seen in this process."""
+    if key not in _once:
+        _once.add(key)
+        logger.warning(message, *values)
+
+
+class _Line(logging.Formatter):
+    """One line a record; newlines in a message cannot forge a second record."""
+
+    converter = time.gmtime
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.message = record.getMessage().replace("\n", "\\n").replace("\r", "\\r")
+        text = self.formatMessage(record)
+        if record.exc_info:
+            text += "\n" + "\n".join(f"    {line}" for line in self.formatException(record.exc_info).splitlines())
+        return text
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        record.asctime = self.formatTime(record)
+        return super().formatMessage(record)
+
+
+class QueuedFile(logging.Handler):
+    """A handler whose thread writes and rotates the file; `emit` never blocks."""
+
+    def __init__(self, path: Path, *, max_queued: int = MAX_QUEUED) -> None:
+        """Open nothing yet: the thread does."""
+        super().__init__()
+        self._path = path
+        self._queue: queue.Queue[str | None] = queue.Queue(max_queued)
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record, or count it as dropped."""
+        try:
+            self._queue.put_nowait(self.format(record))
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Write what is queued and end the thread."""
+        if self._thread.is_alive():
+            try:
+                self._queue.put(None, timeout=1)
+            except queue.Full:
+                self.dropped += 1
+            self._thread.join(timeout=2)
+        super().close()
+
+    def _write_all(self) -> None:
+        while True:
+            line = self._queue.get()
+            if line is None:
+                return
+            lines = [line]
+            ended = False
+            while not self._queue.empty() and len(lines) < 1000:
+                more = self._queue.get()
+                if more is None:
+                    ended = True
+                    break
+                lines.append(more)
+            self._write(lines)
+            if ended:
+                return
+
+    def _write(self, lines: list[str]) -> None:
+        text = "\n".join(lines) + "\n"
+        try:
+            if self._path.exists() and self._path.stat().st_size + len(text) > MAX_FILE_BYTES:
+                self._rotate()
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        except OSError:
+            # A full or vanished disk must not stop an agent: counted, and shown by its beat
+            self.dropped += len(lines)
+
+    def _rotate(self) -> None:
+        for number in range(_KEPT_FILES, 0, -1):
+            older = self._path.with_name(f"{self._path.name}.{number}")
+            newer = self._path.with_name(f"{self._path.name}.{number - 1}") if number > 1 else self._path
+            if newer.exists():
+                newer.replace(older)
+
+
+def set_up_logging(agent: str, path: Path | None, level: str = "INFO") -> Callable[[], None]:
+    """
+    Send this process's log to a file, or to stderr without one.
+
+    Args:
+        agent: Stands in every line.
+        path: The log file; None for stderr.
+        level: A logging level's name.
+
+    Returns:
+        A function that writes out what is queued and ends.
+    """
+    handler: logging.Handler = QueuedFile(path) if path is not None else logging.StreamHandler()
+    escaped = agent.replace("%", "%%")
+    handler.setFormatter(
+        _Line(f"%(asctime)s %(levelname)s agent={escaped} %(name)s: %(message)s")
+    )
+    root = logging.getLogger()
+    root.setLevel(level)
+    root.addHandler(handler)
+
+    def finish() -> None:
+        root.removeHandler(handler)
+        handler.close()
+
+    return finish
