@@ -62,6 +62,7 @@ class Event(
         "causation_id": "causationid",
         "key": "partitionkey",
         "expires_at": "expirytime",
+        "reply_to": "replyto",
     },
 ):
     """
@@ -78,6 +79,7 @@ class Event(
         key: Events of one key keep their order when a consumer works concurrently.
         expires_at: After this moment the event must not be acted upon; aware.
         traceparent: W3C trace context.
+        reply_to: The topic on which an answer is awaited.
         hops: How many handlers lie between this event and the edge of the mesh.
     """
 
@@ -91,6 +93,7 @@ class Event(
     key: str | None = None
     expires_at: datetime | None = None
     traceparent: str | None = None
+    reply_to: str | None = None
     hops: int = 0
 
     def to_dict(self) -> dict[str, Any]:

@@ -291,11 +291,23 @@ class EventHandlerRegistry:
             self.say_unheard(event.type)
             return 0
         self._dispatched += 1
-        if len(handlers) == 1:
-            return await run_counted(handlers[0], event)
         executed = 0
-        for position, handler in enumerate(handlers):
-            executed += await run_counted(handler, own_copy(event) if position else event)
+        first = handlers[0]
+        for handler in handlers:
+            try:
+                await handler.run(event if handler is first else own_copy(event))
+            except Exception as error:
+                handler.failed(error)
+                _log.exception(
+                    "handler %s of %s failed on %s %s; the other handlers go on",
+                    handler.id,
+                    handler.agent_name,
+                    event.type,
+                    event.id,
+                )
+            else:
+                handler.calls += 1
+                executed += 1
         return executed
 
     def say_unheard(self, topic: str) -> None:
@@ -351,24 +363,6 @@ class EventHandlerRegistry:
             self._of_agent[topic, agent] = tuple(
                 handler for handler in of_topic if handler.agent_name == agent
             )
-
-
-async def run_counted(handler: Handler, event: Event) -> int:
-    """Run a handler; count and log what it raises. Returns 1 when it ran to the end, else 0."""
-    try:
-        await handler.run(event)
-    except Exception as error:
-        handler.failed(error)
-        _log.exception(
-            "handler %s of %s failed on %s %s; the other handlers go on",
-            handler.id,
-            handler.agent_name,
-            event.type,
-            event.id,
-        )
-        return 0
-    handler.calls += 1
-    return 1
 
 
 def own_copy(event: Event) -> Event:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import bisect
 import mmap
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -429,3 +430,65 @@ def _link(said: Out, heard: In, *, settled: bool) -> LinkAccount:
         lost=heard.lost + (under_way if settled else 0),
         in_flight=unfinished + (0 if settled else under_way),
     )
+
+
+class Backlog:
+    """
+    How many events are under way in a mesh, read from the ledgers of all its agents.
+
+    Args:
+        directory: Where the ledgers are.
+    """
+
+    _REFRESH_S = 1.0
+
+    def __init__(self, directory: Path) -> None:
+        """Open nothing yet."""
+        self._directory = directory
+        self._mapped: dict[str, _Mapped] = {}
+        self._refreshed_s = -self._REFRESH_S
+
+    def under_way(self) -> int:
+        """Count what was published and has neither been settled nor lost, over all links."""
+        now = time.monotonic()
+        if now - self._refreshed_s >= self._REFRESH_S:
+            self._refreshed_s = now
+            self._refresh()
+        said = {}
+        for name, ledger in self._mapped.items():
+            for kind, key, at in ledger.records():
+                if kind == OUT:
+                    said[name, key] = ledger.cells[at + OUT_SEQUENCE]
+        waiting = 0
+        for ledger in self._mapped.values():
+            for kind, key, at in ledger.records():
+                if kind == IN:
+                    cells = ledger.cells
+                    publisher, _, topic = key.partition("\0")
+                    sequence = said.get((publisher, topic), 0)
+                    waiting += max(0, sequence - cells[at + IN_LAST])
+                    waiting += cells[at + IN_RECEIVED] - cells[at + IN_SETTLED]
+        return waiting
+
+    def _refresh(self) -> None:
+        for path in self._directory.iterdir():
+            if path.name not in self._mapped:
+                try:
+                    self._mapped[path.name] = _Mapped(path)
+                except (OSError, ValueError):
+                    continue  # being made right now; seen at the next refresh
+
+
+class _Mapped:
+    """Another agent's ledger, mapped for reading."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._memory = mmap.mmap(file.fileno(), _FILE_BYTES, prot=mmap.PROT_READ)
+        self.cells = memoryview(self._memory).cast("Q")
+        self._known: list[tuple[int, str, int]] = []
+
+    def records(self) -> list[tuple[int, str, int]]:
+        if self._memory[_HEADER_BYTES + len(self._known) * _RECORD_BYTES]:
+            self._known = list(_records(self._memory))
+        return self._known

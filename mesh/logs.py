@@ -50,22 +50,27 @@ class _Line(logging.Formatter):
         return super().formatMessage(record)
 
 
-class QueuedFile(logging.Handler):
-    """A handler whose thread writes and rotates the file; `emit` never blocks."""
+class LineFile:
+    """
+    Append lines to a rotating file from a thread; `put` never blocks.
+
+    Args:
+        path: The file; older ones are kept beside it as ``.1`` and ``.2``.
+        max_queued: Lines that may wait for the disk; more are dropped and counted.
+    """
 
     def __init__(self, path: Path, *, max_queued: int = MAX_QUEUED) -> None:
-        """Open nothing yet: the thread does."""
-        super().__init__()
+        """Start the thread; the file is opened with the first line."""
         self._path = path
         self._queue: queue.Queue[str | None] = queue.Queue(max_queued)
         self.dropped = 0
-        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+        self._thread = threading.Thread(target=self._write_all, name=path.name, daemon=True)
         self._thread.start()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Queue a record, or count it as dropped."""
+    def put(self, line: str) -> None:
+        """Queue a line, or count it as dropped."""
         try:
-            self._queue.put_nowait(self.format(record))
+            self._queue.put_nowait(line)
         except queue.Full:
             self.dropped += 1
 
@@ -77,7 +82,6 @@ class QueuedFile(logging.Handler):
             except queue.Full:
                 self.dropped += 1
             self._thread.join(timeout=2)
-        super().close()
 
     def _write_all(self) -> None:
         while True:
@@ -113,6 +117,24 @@ class QueuedFile(logging.Handler):
             newer = self._path.with_name(f"{self._path.name}.{number - 1}") if number > 1 else self._path
             if newer.exists():
                 newer.replace(older)
+
+
+class QueuedFile(logging.Handler):
+    """A logging handler on a `LineFile`."""
+
+    def __init__(self, path: Path) -> None:
+        """Write to `path`."""
+        super().__init__()
+        self.file = LineFile(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record."""
+        self.file.put(self.format(record))
+
+    def close(self) -> None:
+        """Write what is queued and end."""
+        self.file.close()
+        super().close()
 
 
 def set_up_logging(agent: str, path: Path | None, level: str = "INFO") -> Callable[[], None]:

@@ -1,0 +1,440 @@
+"""
+What users write: an `Agent` with handlers marked `@on`, timers marked `@every`, and `@source`.
+
+::
+
+    class Echo(Agent):
+        @on(EventType.MARKET_DATA_RECEIVED)
+        async def on_tick(self, event: Event) -> None:
+            await self.publish(EventType.SIGNAL_GENERATED, {"price": event.data["price"]})
+
+The same class runs as a supervised process, as a plain process, or with others in one process:
+that is chosen outside (`mesh up`, `mesh.launch`, `mesh.inprocess`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from mesh.clock import SYSTEM_CLOCK
+from mesh.config import MessageBusConfig
+from mesh.consumer import ConsumerConfig, EventConsumer
+from mesh.deadletters import DeadLetters
+from mesh.errors import HandlerSignatureError, PayloadError
+from mesh.handlers import EventHandlerRegistry, HandlerPriority, signature_of
+from mesh.ledger import SOURCES, STATES, Backlog, Ledger
+from mesh.middleware.filter import only
+from mesh.publisher import EventPublisher, PublisherConfig
+from mesh.requests import Requester
+from mesh.topics import check_topic
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from mesh.broker import MessageBroker
+    from mesh.clock import Clock
+    from mesh.events import Event
+    from mesh.filters import Filter
+    from mesh.handlers import Middleware
+    from mesh.workers import WorkerPool
+
+_Method = TypeVar("_Method", bound="Callable[..., Awaitable[Any]]")
+
+_ON = "__mesh_on__"
+_EVERY = "__mesh_every__"
+_SOURCE = "__mesh_source__"
+
+#: `headroom` waits while more events than this are under way in the mesh.
+MAX_UNDER_WAY = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class _Marked:
+    """What `@on` was told."""
+
+    topics: tuple[str, ...]
+    priority: HandlerPriority
+    timeout_s: float | None
+    max_retries: int | None
+    middleware: tuple[Middleware, ...]
+
+
+def on(
+    *event_types: str,
+    priority: HandlerPriority = HandlerPriority.NORMAL,
+    filter: Filter | Callable[[Event], bool] | None = None,  # noqa: A002 - the word users look for
+    timeout_s: float | None = None,
+    max_retries: int | None = None,
+    middleware: Sequence[Middleware] = (),
+) -> Callable[[_Method], _Method]:
+    """
+    Make a method the handler of one or more event types.
+
+    Args:
+        event_types: What to hear.
+        priority: Urgent events overtake a backlog of less urgent ones.
+        filter: Only events for which this holds (see `mesh.filters`).
+        timeout_s: Cancel the handler after so many seconds; default: the settings' limit.
+        max_retries: Tries after the first failed; default: the settings'.
+        middleware: Around this handler only, the first outermost.
+
+    Raises:
+        TopicError: A type breaks the topic grammar.
+        HandlerSignatureError: No type is given.
+    """
+    if not event_types or callable(event_types[0]):
+        raise HandlerSignatureError("@on needs event types: @on(EventType.MARKET_DATA_RECEIVED)")
+    layers = (*((only(filter),) if filter is not None else ()), *middleware)
+    marked = _Marked(
+        tuple(check_topic(name) for name in event_types), priority, timeout_s, max_retries, layers
+    )
+
+    def mark(method: _Method) -> _Method:
+        setattr(method, _ON, (*getattr(method, _ON, ()), marked))
+        return method
+
+    return mark
+
+
+def every(seconds: float) -> Callable[[_Method], _Method]:
+    """
+    Call a method again and again while the agent runs; a slow call delays the next one.
+
+    Args:
+        seconds: From the start of one call to the start of the next.
+
+    Raises:
+        ValueError: `seconds` is not above 0.
+    """
+    if not seconds > 0:
+        raise ValueError(f"@every needs seconds above 0, got {seconds!r}")
+
+    def mark(method: _Method) -> _Method:
+        setattr(method, _EVERY, float(seconds))
+        return method
+
+    return mark
+
+
+def source(method: _Method) -> _Method:
+    """
+    Make a method the agent's source: it starts once all agents of the mesh are READY.
+
+    It may return when its input ends. When it raises, the agent ends with an error (and supervisord
+    starts it anew).
+    """
+    setattr(method, _SOURCE, True)
+    return method
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentContext:
+    """What an agent is given by whoever runs it."""
+
+    name: str
+    broker: MessageBroker
+    config: MessageBusConfig = field(default_factory=MessageBusConfig)
+    clock: Clock = SYSTEM_CLOCK
+    params: Mapping[str, str] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger.in_memory)
+    dead_letters: DeadLetters | None = None
+    #: Sources wait for it; set from the start where nobody has to be waited for.
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Where the ledgers of the mesh are; None in one process.
+    ledgers: Path | None = None
+    middleware: Sequence[Middleware] = ()
+    publisher_middleware: Sequence[Middleware] = ()
+
+
+class Agent:
+    """
+    Base class of agents. Override nothing to begin with; mark methods.
+
+    Class attributes that may be set: `name`, `concurrency`, `overflow`, `buffer_size`.
+    """
+
+    #: Default: what the process was started as, else the script's name.
+    name: str = ""
+    #: Handlers that may run at the same time; order is kept per key.
+    concurrency: ClassVar[int] = 1
+    #: ``block``, ``drop_oldest`` or ``latest``; default: the settings'.
+    overflow: ClassVar[str | None] = None
+    #: Events that may wait; default: the settings'.
+    buffer_size: ClassVar[int | None] = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """
+        Check the marked methods' signatures when the class is made.
+
+        Raises:
+            HandlerSignatureError: A handler cannot be called with an event, a timer or source takes
+                arguments, or one of them is no coroutine function.
+        """
+        super().__init_subclass__(**options)
+        for _, method in _marked_methods(cls):
+            if hasattr(method, _ON):
+                signature_of(method, bound=False)
+            if hasattr(method, _EVERY) or hasattr(method, _SOURCE):
+                _check_plain(method)
+
+    def __init__(self, context: AgentContext) -> None:
+        """Join parts; nothing runs yet."""
+        self.name = context.name
+        self.context = context
+        self.clock = context.clock
+        self.params = context.params
+        self.log = logging.getLogger(f"agent.{context.name}")
+        self.registry = EventHandlerRegistry(context.middleware)
+        config = context.config
+        self._dead_letters = context.dead_letters or DeadLetters(context.name)
+        self.publisher = EventPublisher(
+            PublisherConfig(
+                agent_name=context.name,
+                broker=context.broker,
+                clock=context.clock,
+                ledger=context.ledger,
+                dead_letters=self._dead_letters,
+                middleware=context.publisher_middleware,
+                wire_format=config.wire_format,
+            )
+        )
+        self.consumer = EventConsumer(
+            ConsumerConfig(
+                agent_name=context.name,
+                broker=context.broker,
+                handler_registry=self.registry,
+                buffer_size=self.buffer_size or config.consumer_buffer_size,
+                max_retries=config.consumer_max_retries,
+                retry_delay_ms=config.consumer_retry_delay_ms,
+                overflow=self.overflow or config.consumer_overflow,
+                concurrency=self.concurrency,
+                handler_timeout_s=config.handler_timeout_s,
+                drain_timeout_s=config.drain_timeout_s,
+                clock=context.clock,
+                ledger=context.ledger,
+                dead_letters=self._dead_letters,
+                log_events=config.log_events,
+            )
+        )
+        self._requester = Requester(context.broker, self.publisher)
+        self._workers: WorkerPool | None = None
+        self._backlog: Backlog | None = None
+
+    # -- for users -----------------------------------------------------------------------------
+
+    async def setup(self) -> None:
+        """Override: prepare before the first event; raise ConfigurationError for bad settings."""
+
+    async def teardown(self) -> None:
+        """Override: clean up after the last event."""
+
+    async def publish(
+        self,
+        event_type: str,
+        data: Any,
+        *,
+        key: str | None = None,
+        correlation_id: str | None = None,
+        expires_in_s: float | None = None,
+    ) -> Event:
+        """Publish an event in this agent's name; see `EventPublisher.publish`."""
+        return await self.publisher.publish(
+            event_type, data, correlation_id, key=key, expires_in_s=expires_in_s
+        )
+
+    async def request(
+        self, event_type: str, data: Any, *, timeout_s: float = 5.0, key: str | None = None
+    ) -> Event:
+        """
+        Publish a request and return the first reply.
+
+        Raises:
+            RequestTimeoutError: Nobody replied in time.
+        """
+        return await self._requester.request(event_type, data, timeout_s=timeout_s, key=key)
+
+    async def reply(self, request: Event, data: Any) -> None:
+        """
+        Answer a request.
+
+        Raises:
+            PayloadError: The event asks for no reply.
+        """
+        if request.reply_to is None:
+            raise PayloadError(f"event {request.type!r} {request.id} asks for no reply")
+        await self.publisher.publish(
+            request.reply_to, data, request.correlation_id, causation_id=request.id
+        )
+
+    async def offload(
+        self, func: Callable[..., Any], *args: Any, timeout_s: float = 30.0
+    ) -> Any:
+        """
+        Run a CPU-heavy module-level function in a worker process; the loop keeps beating.
+
+        Raises:
+            OffloadError: The function raised or cannot travel.
+            OffloadTimeoutError: It did not come back in time.
+        """
+        if self._workers is None:
+            from mesh.workers import WorkerPool  # noqa: PLC0415 - loads multiprocessing
+
+            self._workers = WorkerPool()
+        return await self._workers.call(func, *args, timeout_s=timeout_s)
+
+    async def headroom(self, max_under_way: int = MAX_UNDER_WAY) -> None:
+        """
+        Wait while many events are under way in the mesh, for sources that could outrun it.
+
+        Live events are lost when a consumer falls behind by more than the fabric holds; a replay at
+        full speed that calls this now and then loses none.
+        """
+        if self.context.ledgers is None:
+            await asyncio.sleep(0)
+            return
+        if self._backlog is None:
+            self._backlog = Backlog(self.context.ledgers)
+        # Counters in shared memory cannot wake us; two milliseconds are a few hundred events
+        while self._backlog.under_way() > max_under_way:
+            await asyncio.sleep(0.002)
+
+    def published(self, event_type: str) -> int:
+        """Tell how many events of a type this agent's name has published in this mesh so far."""
+        return self.context.ledger.published(event_type)
+
+    # -- for those who run agents --------------------------------------------------------------
+
+    @classmethod
+    def hears(cls) -> list[str]:
+        """List the topics this class has handlers for."""
+        return sorted(
+            {
+                topic
+                for _, method in _marked_methods(cls)
+                for marked in getattr(method, _ON, ())
+                for topic in marked.topics
+            }
+        )
+
+    @classmethod
+    def has_source(cls) -> bool:
+        """Say whether the class has a `@source`."""
+        return any(hasattr(method, _SOURCE) for _, method in _marked_methods(cls))
+
+    async def open(self) -> None:
+        """Set up, register the handlers and subscribe; READY afterwards."""
+        ledger = self.context.ledger
+        ledger.set("state", STATES.index("starting"))
+        ledger.set("started_mono_ms", int(self.clock.mono_s() * 1000))
+        ledger.set("sources", SOURCES.index("waiting" if self.has_source() else "none"))
+        await self.setup()
+        for name, method in _marked_methods(type(self)):
+            for marked in getattr(method, _ON, ()):
+                for topic in marked.topics:
+                    await self.registry.register(
+                        topic,
+                        getattr(self, name),
+                        self.name,
+                        name,
+                        marked.priority,
+                        timeout_s=marked.timeout_s,
+                        max_retries=marked.max_retries,
+                        middleware=marked.middleware,
+                    )
+        await self.consumer.start()
+        ledger.set("state", STATES.index("ready"))
+
+    async def work(self) -> None:
+        """Run timers and sources; returns when all sources have, and never with a timer."""
+        async with asyncio.TaskGroup() as tasks:
+            for name, method in _marked_methods(type(self)):
+                if hasattr(method, _EVERY):
+                    tasks.create_task(
+                        self._repeat(getattr(self, name), getattr(method, _EVERY)), name=name
+                    )
+            sources = [
+                getattr(self, name)
+                for name, method in _marked_methods(type(self))
+                if hasattr(method, _SOURCE)
+            ]
+            if sources:
+                tasks.create_task(self._run_sources(sources), name="sources")
+
+    async def close(self) -> None:
+        """Hear nothing more, drain, tear down, send what is batched."""
+        ledger = self.context.ledger
+        ledger.set("state", STATES.index("draining"))
+        await self.consumer.stop()
+        try:
+            await self.teardown()
+        except Exception:
+            self.log.exception("teardown failed; the agent ends all the same")
+        await self._requester.close()
+        if self._workers is not None:
+            await self._workers.close()
+        await self.publisher.close()
+        self._dead_letters.close()
+        ledger.set("state", STATES.index("stopped"))
+
+    async def _run_sources(self, sources: list[Callable[[], Awaitable[None]]]) -> None:
+        ledger = self.context.ledger
+        await self.context.gate.wait()
+        ledger.set("sources", SOURCES.index("running"))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for run in sources:
+                    tasks.create_task(_await(run), name=getattr(run, "__name__", "source"))
+            await self.publisher.flush()
+        except BaseException:
+            ledger.set("sources", SOURCES.index("failed"))
+            raise
+        ledger.set("sources", SOURCES.index("done"))
+
+    async def _repeat(self, call: Callable[[], Awaitable[None]], seconds: float) -> None:
+        due_s = self.clock.mono_s() + seconds
+        while True:
+            await self.clock.sleep(max(0.0, due_s - self.clock.mono_s()))
+            try:
+                await call()
+            except Exception:
+                self.context.ledger.count("timer_failed")
+                self.log.exception("timer %s failed; it is called again", call.__name__)
+            # A call that took too long skips the beats it missed instead of hurrying after them
+            due_s = max(due_s + seconds, self.clock.mono_s())
+
+
+async def _await(call: Callable[[], Awaitable[None]]) -> None:
+    await call()
+
+
+def _marked_methods(cls: type[Agent]) -> list[tuple[str, Callable[..., Awaitable[Any]]]]:
+    """List the marked methods as they stand in the class, overridden ones once, in order."""
+    found: dict[str, Callable[..., Awaitable[Any]]] = {}
+    for base in reversed(cls.__mro__):
+        for name, value in vars(base).items():
+            if any(hasattr(value, mark) for mark in (_ON, _EVERY, _SOURCE)):
+                found[name] = value
+            else:
+                found.pop(name, None)
+    return list(found.items())
+
+
+def _check_plain(method: Callable[..., Awaitable[Any]]) -> None:
+    name = getattr(method, "__qualname__", repr(method))
+    if not inspect.iscoroutinefunction(method):
+        raise HandlerSignatureError(f"{name} is not a coroutine function: write `async def`")
+    needed = [
+        each
+        for each in list(inspect.signature(method).parameters.values())[1:]
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if needed:
+        raise HandlerSignatureError(
+            f"{name} takes {', '.join(each.name for each in needed)};"
+            " timers and sources take nothing but self"
+        )

@@ -1,0 +1,14 @@
+"""
+Which event is being handled right now, so that what a handler publishes names its cause by itself.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mesh.events import Event
+
+#: The event whose handler is running in this task; None outside handlers.
+current_event: ContextVar[Event | None] = ContextVar("current_event", default=None)

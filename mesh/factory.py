@@ -1,0 +1,117 @@
+"""
+Puts a bus together: the only place, besides the runtime, that chooses members.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mesh.config import BROKER_TYPES, MessageBusConfig
+from mesh.errors import ConfigurationError
+from mesh.handlers import EventHandlerRegistry
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from mesh.broker import MessageBroker
+
+#: Members load when they are chosen: a ZeroMQ agent never imports redis.
+_MEMBERS = {
+    "memory": ("mesh.brokers.memory", "InMemoryMessageBroker"),
+    "zmq": ("mesh.brokers.zeromq", "ZeroMQMessageBroker"),
+    "redis": ("mesh.brokers.redis", "RedisMessageBroker"),
+}
+
+
+def make_broker(config: MessageBusConfig, directory: str | Path | None = None) -> MessageBroker:
+    """
+    Make the broker that the settings choose; it is not connected yet.
+
+    Args:
+        config: The settings.
+        directory: The mesh's run directory, for fabrics that live in one.
+    """
+    module, name = _MEMBERS[config.broker_type]
+    member: Any = getattr(importlib.import_module(module), name)
+    if config.broker_type == "zmq":
+        made: MessageBroker = member(directory)
+    elif config.broker_type == "redis":
+        made = member(
+            host=config.redis_host, port=config.redis_port, password=config.redis_password
+        )
+    else:
+        made = member()
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class MessageBus:
+    """A connected broker and a registry; unpacks as ``broker, registry``; closes as a context."""
+
+    broker: MessageBroker
+    registry: EventHandlerRegistry
+
+    def __iter__(self) -> Any:
+        """Unpack as ``broker, registry``."""
+        return iter((self.broker, self.registry))
+
+    async def __aenter__(self) -> MessageBus:
+        """Give the bus, which is connected already."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the broker."""
+        await self.broker.close()
+
+
+class MessageBusFactory:
+    """Makes connected buses."""
+
+    @staticmethod
+    async def create_message_bus(
+        broker_type: str | None = None,
+        config: MessageBusConfig | None = None,
+        **settings: Any,
+    ) -> MessageBus:
+        """
+        Make a bus and connect it.
+
+        Args:
+            broker_type: ``memory``, ``zmq`` or ``redis``; default: the settings' choice.
+            config: The settings; default: the environment's.
+            settings: Single settings, such as ``redis_port=6380``.
+
+        Returns:
+            The bus; ``broker, registry = await MessageBusFactory.create_message_bus("memory")``.
+
+        Raises:
+            ConfigurationError: A setting cannot be used.
+            BrokerUnavailableError: The fabric does not answer.
+        """
+        chosen = _with(config or MessageBusConfig.from_env(), broker_type, settings)
+        broker = make_broker(chosen)
+        await broker.connect()
+        return MessageBus(broker, EventHandlerRegistry())
+
+
+def _with(
+    config: MessageBusConfig, broker_type: str | None, settings: dict[str, Any]
+) -> MessageBusConfig:
+    if broker_type is not None:
+        if broker_type not in BROKER_TYPES:
+            raise ConfigurationError(
+                f"broker_type={broker_type!r}: must be one of {', '.join(BROKER_TYPES)}"
+            )
+        settings = {**settings, "broker_type": broker_type}
+    unknown = settings.keys() - config.to_dict().keys()
+    if unknown:
+        raise ConfigurationError([f"{name}={settings[name]!r}: no such setting" for name in sorted(unknown)])
+    return replace(config, **settings) if settings else config

@@ -1,0 +1,247 @@
+"""
+What waits to be handled in one agent: bounded, one lane a `HandlerPriority`.
+
+An urgent event overtakes a backlog of less urgent ones; within a type the order stays, because all
+events of a type use the lane of its most urgent handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from mesh.events import Event
+    from mesh.handlers import Handler
+
+OVERFLOWS = ("block", "drop_oldest", "latest")
+_LANES = 4
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """Events of one frame on their way to the same handlers."""
+
+    events: list[Event]
+    handlers: tuple[Handler, ...]
+    lane: int
+    #: Where the ledger counts this link.
+    link: int
+    position: int = 0
+
+    def left(self) -> int:
+        """Count the events that have not been handled."""
+        return len(self.events) - self.position
+
+
+class Inbox(Protocol):
+    """What the consumer's slots take from."""
+
+    #: How many events wait.
+    size: int
+    #: The most urgent lane that holds something; 4: none.
+    urgent: int
+
+    def put(self, arrival: Arrival) -> list[tuple[int, int]]:
+        """Add events; gives what was dropped for them: (link, how many)."""
+        ...
+
+    def take(self) -> Arrival | None:
+        """Take the most urgent arrival."""
+        ...
+
+    def put_back(self, arrival: Arrival) -> None:
+        """Return an arrival that something more urgent interrupts."""
+        ...
+
+    def has_room(self) -> bool:
+        """Say whether more may come."""
+        ...
+
+    async def wait(self) -> None:
+        """Return when there is something to take."""
+        ...
+
+
+class _Waker:
+    """Wakes the one task that waits for an inbox."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
+class LanedInbox:
+    """
+    Lanes of arrivals in order.
+
+    Args:
+        limit: How many events may wait before `has_room` says no (one frame more can come).
+        drop_oldest: Drop from the least urgent lane instead of refusing more.
+    """
+
+    def __init__(self, limit: int, *, drop_oldest: bool = False) -> None:
+        """Begin empty."""
+        self.size = 0
+        self.urgent = _LANES
+        self._limit = limit
+        self._drop_oldest = drop_oldest
+        self._lanes: tuple[deque[Arrival], ...] = tuple(deque() for _ in range(_LANES))
+        self._waker = _Waker()
+
+    def put(self, arrival: Arrival) -> list[tuple[int, int]]:
+        """Add events at the end of their lane."""
+        self._lanes[arrival.lane].append(arrival)
+        self.size += arrival.left()
+        if arrival.lane < self.urgent:
+            self.urgent = arrival.lane
+        self._waker.wake()
+        if self._drop_oldest and self.size > self._limit:
+            return self._shrink()
+        return []
+
+    def take(self) -> Arrival | None:
+        """Take the oldest arrival of the most urgent lane."""
+        if self.urgent == _LANES:
+            return None
+        arrival = self._lanes[self.urgent].popleft()
+        self.size -= arrival.left()
+        self._find_urgent()
+        return arrival
+
+    def put_back(self, arrival: Arrival) -> None:
+        """Return an arrival to the head of its lane."""
+        self._lanes[arrival.lane].appendleft(arrival)
+        self.size += arrival.left()
+        self._find_urgent()
+
+    def has_room(self) -> bool:
+        """Say whether more may come."""
+        return self._drop_oldest or self.size < self._limit
+
+    async def wait(self) -> None:
+        """Return when there is something to take."""
+        if self.urgent == _LANES:
+            await self._waker.wait()
+
+    def _find_urgent(self) -> None:
+        for number, lane in enumerate(self._lanes):
+            if lane:
+                self.urgent = number
+                return
+        self.urgent = _LANES
+
+    def _shrink(self) -> list[tuple[int, int]]:
+        dropped: list[tuple[int, int]] = []
+        for lane in reversed(self._lanes):
+            while lane and self.size > self._limit:
+                oldest = lane[0]
+                amount = min(oldest.left(), self.size - self._limit)
+                oldest.position += amount
+                self.size -= amount
+                dropped.append((oldest.link, amount))
+                if not oldest.left():
+                    lane.popleft()
+        self._find_urgent()
+        return dropped
+
+
+class LatestInbox:
+    """
+    Only the newest event of each type and key: for consumers that want *now*, not history.
+
+    Bounded by the number of keys; the oldest keys go when there are more than `limit`.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Begin empty."""
+        self.size = 0
+        self.urgent = _LANES
+        self._limit = limit
+        self._lanes: tuple[dict[Any, Arrival], ...] = tuple({} for _ in range(_LANES))
+        self._waker = _Waker()
+
+    def put(self, arrival: Arrival) -> list[tuple[int, int]]:
+        """Replace what waits under the same keys."""
+        lane = self._lanes[arrival.lane]
+        dropped: list[tuple[int, int]] = []
+        for event in arrival.events[arrival.position :]:
+            name = (event.type, event.key)
+            older = lane.get(name)
+            if older is not None:
+                dropped.append((older.link, 1))
+                self.size -= 1
+            # Assigning to a known key keeps its place in the row: nobody starves
+            lane[name] = Arrival([event], arrival.handlers, arrival.lane, arrival.link)
+            self.size += 1
+        while self.size > self._limit:
+            dropped.append(self._drop_one())
+        self._find_urgent()
+        self._waker.wake()
+        return dropped
+
+    def take(self) -> Arrival | None:
+        """Take the key that waited longest in the most urgent lane."""
+        if self.urgent == _LANES:
+            return None
+        lane = self._lanes[self.urgent]
+        arrival = lane.pop(next(iter(lane)))
+        self.size -= 1
+        self._find_urgent()
+        return arrival
+
+    def put_back(self, arrival: Arrival) -> None:
+        """Return an event, unless a newer one came meanwhile (arrivals hold one event here)."""
+        self.put(arrival)
+
+    def has_room(self) -> bool:
+        """Say yes: new events replace old ones."""
+        return True
+
+    async def wait(self) -> None:
+        """Return when there is something to take."""
+        if self.urgent == _LANES:
+            await self._waker.wait()
+
+    def _drop_one(self) -> tuple[int, int]:
+        for lane in reversed(self._lanes):
+            if lane:
+                self.size -= 1
+                return lane.pop(next(iter(lane))).link, 1
+        raise AssertionError("an empty inbox cannot be over its limit")
+
+    def _find_urgent(self) -> None:
+        for number, lane in enumerate(self._lanes):
+            if lane:
+                self.urgent = number
+                return
+        self.urgent = _LANES
+
+
+def make_inbox(limit: int, overflow: str) -> Inbox:
+    """
+    Make the inbox for an overflow policy.
+
+    Raises:
+        ValueError: The policy is none of ``block``, ``drop_oldest``, ``latest``.
+    """
+    if overflow == "latest":
+        return LatestInbox(limit)
+    if overflow not in OVERFLOWS:
+        raise ValueError(f"overflow must be one of {', '.join(OVERFLOWS)}, was {overflow!r}")
+    return LanedInbox(limit, drop_oldest=overflow == "drop_oldest")

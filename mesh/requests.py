@@ -1,0 +1,105 @@
+"""
+Ask and be answered: a request is an event that names a private topic for its reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from mesh import codec
+from mesh.errors import FrameError, RequestTimeoutError
+from mesh.events import new_id
+from mesh.topics import PRIVATE_PREFIX
+
+if TYPE_CHECKING:
+    from mesh.broker import MessageBroker
+    from mesh.events import Event
+    from mesh.publisher import EventPublisher
+
+_log = logging.getLogger(__name__)
+
+
+class Requester:
+    """
+    Sends requests and waits for their replies on a topic of its own.
+
+    Args:
+        broker: Where replies arrive.
+        publisher: What requests are sent with.
+    """
+
+    def __init__(self, broker: MessageBroker, publisher: EventPublisher) -> None:
+        """Subscribe to nothing before the first request."""
+        self._broker = broker
+        self._publisher = publisher
+        self._topic = f"{PRIVATE_PREFIX}reply.{secrets.token_hex(8)}"
+        self._waiting: dict[str, asyncio.Future[Event]] = {}
+        self._attached: asyncio.Task[None] | None = None
+
+    async def request(
+        self, event_type: str, data: Any, *, timeout_s: float = 5.0, key: str | None = None
+    ) -> Event:
+        """
+        Publish a request and return the first reply.
+
+        Args:
+            event_type: What is asked.
+            data: The payload.
+            timeout_s: How long to wait.
+            key: As for `publish`.
+
+        Raises:
+            RequestTimeoutError: Nobody replied in time.
+            PayloadError: The payload does not fit.
+        """
+        await self._attach()
+        reply: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+        identity = new_id()
+        # Before it leaves: publishing may wait, and the reply may be here first
+        self._waiting[identity] = reply
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._publisher.publish(
+                    event_type, data, key=key, reply_to=self._topic, event_id=identity
+                )
+                return await reply
+        except TimeoutError:
+            raise RequestTimeoutError(
+                f"nobody replied to {str(event_type)!r} within {timeout_s:g} s;"
+                " does an agent that hears it run?"
+            ) from None
+        finally:
+            self._waiting.pop(identity, None)
+
+    def receive(self, topic: str, frame: bytes) -> None:
+        """Take a reply."""
+        try:
+            batch = codec.decode_frame(topic, frame)
+        except FrameError as error:
+            _log.warning("ignored a reply that cannot be read: %s", error)
+            return
+        for event in batch.events:
+            waiter = self._waiting.get(event.causation_id or "")
+            if waiter is not None and not waiter.done():
+                waiter.set_result(event)
+
+    def has_room(self) -> bool:
+        """Say yes: there are no more replies than requests."""
+        return True
+
+    async def close(self) -> None:
+        """Give up all requests."""
+        await self._broker.detach(self)
+        for waiter in self._waiting.values():
+            waiter.cancel()
+
+    async def _attach(self) -> None:
+        # One subscription for all, even when the first two requests start together
+        if self._attached is None:
+            self._attached = asyncio.create_task(
+                self._broker.attach([self._topic], self), name="reply-topic"
+            )
+        await asyncio.shield(self._attached)
