@@ -1,0 +1,203 @@
+"""
+The run directory: everything of one mesh - sockets, locks, logs, ledgers - lives under MESH_DIR.
+
+Several meshes run side by side, each in a directory of its own. The directory is private (mode
+0700): ipc sockets accept any local peer that can reach them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from mesh.env import mesh_dir
+from mesh.errors import AlreadyRunningError, RunDirError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+#: What a Unix socket address holds, without the final zero.
+MAX_SOCKET_PATH = 107
+_LONGEST_SOCKET = "supervisor.sock.99999999"
+_FOLDERS = ("run", "log", "stacks", "ledger", "agents", "conf", "dead")
+
+
+class Lock:
+    """A held lock: ends with the process, at the latest."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        """Take over a locked descriptor."""
+        self._descriptor: int | None = descriptor
+        self.path = path
+
+    def release(self) -> None:
+        """Let go; can be called twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        """Hold."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let go."""
+        self.release()
+
+
+class RunDir:
+    """
+    The paths of one mesh.
+
+    Args:
+        path: The directory; made by `ensure`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Touch nothing."""
+        self.path = Path(path).expanduser().absolute()
+
+    @classmethod
+    def from_env(cls) -> RunDir:
+        """Use MESH_DIR, or `.mesh` in the current directory."""
+        return cls(mesh_dir())
+
+    def __repr__(self) -> str:
+        """Show the path."""
+        return f"RunDir({str(self.path)!r})"
+
+    def ensure(self) -> Self:
+        """
+        Make the directory and its folders, or check the one that is there.
+
+        Raises:
+            RunDirError: It is a link, somebody else's, open to others, or its path is too long.
+        """
+        self._check_length()
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._check_private()
+            for folder in _FOLDERS:
+                (self.path / folder).mkdir(mode=0o700, exist_ok=True)
+        except FileExistsError as error:
+            raise RunDirError(f"MESH_DIR={self.path}: {error.filename} is no directory") from error
+        except OSError as error:
+            raise RunDirError(f"MESH_DIR={self.path}: {error.strerror}: {error.filename}") from error
+        return self
+
+    def socket(self, name: str) -> Path:
+        """Give a socket's path."""
+        return self.path / "run" / f"{name}.sock"
+
+    def lock(self, name: str) -> Path:
+        """Give a lock file's path."""
+        return self.path / "run" / f"{name}.lock"
+
+    def log(self, name: str) -> Path:
+        """Give an agent's log file."""
+        return self.path / "log" / f"{name}.log"
+
+    def output(self, name: str) -> Path:
+        """Give the file where supervisord keeps a program's stdout and stderr."""
+        return self.path / "log" / f"{name}.out"
+
+    def stack(self, name: str, pid: int) -> Path:
+        """Give the file for a process's stacks at its end."""
+        return self.path / "stacks" / f"{name}.{pid}.txt"
+
+    def ledger(self, name: str) -> Path:
+        """Give an agent's ledger."""
+        return self.path / "ledger" / name
+
+    @property
+    def ledgers(self) -> Path:
+        """Give the folder of all ledgers."""
+        return self.path / "ledger"
+
+    def card(self, name: str) -> Path:
+        """Give the file in which an agent says what it is."""
+        return self.path / "agents" / f"{name}.json"
+
+    def dead(self, name: str) -> Path:
+        """Give an agent's dead letters."""
+        return self.path / "dead" / f"{name}.jsonl"
+
+    def acquire(self, path: Path, note: str = "") -> Lock:
+        """
+        Lock a file for this process, for as long as it lives.
+
+        Args:
+            path: A lock file of this directory.
+            note: A word kept beside the pid, such as ``adhoc``.
+
+        Raises:
+            AlreadyRunningError: Another process holds it; carries its pid.
+        """
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise AlreadyRunningError(f"{path.name} in {self.path}", self.holder(path)) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()} {note}".strip().encode() + b"\n")
+        return Lock(descriptor, path)
+
+    def holder(self, path: Path) -> int | None:
+        """Give the pid of the process that holds a lock; None when nobody does."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            words = os.read(descriptor, 64).split()
+            return int(words[0]) if words and words[0].isdigit() else 0
+        else:
+            return None
+        finally:
+            os.close(descriptor)
+
+    def note(self, path: Path) -> str:
+        """Give the note beside the pid in a lock file; empty when there is none."""
+        try:
+            words = path.read_text().split()
+        except OSError:
+            return ""
+        return words[1] if len(words) > 1 else ""
+
+    def _check_length(self) -> None:
+        longest = len(os.fsencode(self.path / "run" / _LONGEST_SOCKET))
+        if longest > MAX_SOCKET_PATH:
+            spare = MAX_SOCKET_PATH - (longest - len(os.fsencode(self.path)))
+            raise RunDirError(
+                f"MESH_DIR={self.path}: {len(os.fsencode(self.path))} bytes are too many for Unix"
+                f" sockets, at most {spare} fit; use a shorter path, such as one under /tmp"
+            )
+
+    def _check_private(self) -> None:
+        facts = self.path.lstat()
+        if stat.S_ISLNK(facts.st_mode):
+            raise RunDirError(f"MESH_DIR={self.path}: is a symbolic link; name the directory itself")
+        if not stat.S_ISDIR(facts.st_mode):
+            raise RunDirError(f"MESH_DIR={self.path}: is no directory")
+        if facts.st_uid != os.geteuid():
+            raise RunDirError(
+                f"MESH_DIR={self.path}: belongs to user {facts.st_uid}, not to you"
+                f" ({os.geteuid()}); use a directory of your own"
+            )
+        mode = stat.S_IMODE(facts.st_mode)
+        if mode & 0o077:
+            raise RunDirError(
+                f"MESH_DIR={self.path}: mode {mode:04o} lets others in;"
+                f" run `chmod 700 {self.path}`"
+            )
