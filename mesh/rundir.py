@@ -7,9 +7,11 @@ Several meshes run side by side, each in a directory of its own. The directory i
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 #: What a Unix socket address holds, without the final zero.
 MAX_SOCKET_PATH = 107
 _LONGEST_SOCKET = "supervisor.sock.99999999"
+# Open-file-description locks: like flock(2) they end with their holder, and unlike flock(2) one can
+# ask for the holder without taking the lock for a moment and disturbing somebody who starts
+_FLOCK = "hhqqi4x"
+_WHOLE_FILE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 _FOLDERS = ("run", "log", "stacks", "ledger", "agents", "conf", "dead")
 
 
@@ -143,9 +149,11 @@ class RunDir:
         """
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+        except OSError as error:
             os.close(descriptor)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
             raise AlreadyRunningError(f"{path.name} in {self.path}", self.holder(path)) from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()} {note}".strip().encode() + b"\n")
@@ -154,16 +162,15 @@ class RunDir:
     def holder(self, path: Path) -> int | None:
         """Give the pid of the process that holds a lock; None when nobody does."""
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
+            answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _WHOLE_FILE)
+            if struct.unpack(_FLOCK, answer)[0] == fcntl.F_UNLCK:
+                return None
             words = os.read(descriptor, 64).split()
             return int(words[0]) if words and words[0].isdigit() else 0
-        else:
-            return None
         finally:
             os.close(descriptor)
 
