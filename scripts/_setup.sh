@@ -104,7 +104,7 @@ _make_venv() {
   # Debian takes ensurepip out of Python; the system's own pip can stand in
   if "$python" -m pip --version >/dev/null 2>&1 &&
     "$python" -m venv --clear --without-pip "$venv" &&
-    "$python" -m pip --python "$venv/bin/python" install --quiet pip; then
+    "$python" -m pip --python "$venv/bin/python" install -qq pip; then
     return
   fi
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -119,5 +119,5 @@ _make_venv() {
 
 _pip() {
   PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
-    "$venv/bin/python" -m pip --quiet --no-input "$@"
+    "$venv/bin/python" -m pip -qq --no-input "$@"
 }
