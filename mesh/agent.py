@@ -222,6 +222,8 @@ class Agent:
             )
         )
         self._requester = Requester(context.broker, self.publisher)
+        #: Set once every source has returned; at once where there is none.
+        self.sources_done = asyncio.Event()
         self._workers: WorkerPool | None = None
         self._backlog: Backlog | None = None
 
@@ -364,6 +366,8 @@ class Agent:
             ]
             if sources:
                 tasks.create_task(self._run_sources(sources), name="sources")
+            else:
+                self.sources_done.set()
 
     async def close(self) -> None:
         """Hear nothing more, drain, tear down, send what is batched."""
@@ -394,6 +398,7 @@ class Agent:
             ledger.set("sources", SOURCES.index("failed"))
             raise
         ledger.set("sources", SOURCES.index("done"))
+        self.sources_done.set()
 
     async def _repeat(self, call: Callable[[], Awaitable[None]], seconds: float) -> None:
         due_s = self.clock.mono_s() + seconds

@@ -167,11 +167,19 @@ class Ledger:
         at = self._index.get((OUT, topic))
         return 0 if at is None else self.cells[at + OUT_SEQUENCE]
 
+    def topics_said(self) -> list[str]:
+        """List the topics this agent's name has published on."""
+        return [key for kind, key in self._index if kind == OUT]
+
     def lost(self) -> int:
         """Sum up what was lost on all links to this agent."""
         return sum(
             self.cells[at + IN_LOST] for (kind, _), at in self._index.items() if kind == IN
         )
+
+    def snapshot(self) -> bytes:
+        """Give the used part of the file as it stands."""
+        return self._memory[: _HEADER_BYTES + (self._used + 1) * _RECORD_BYTES]
 
     def _record(self, kind: int, key: str) -> int:
         known = self._index.get((kind, key))
@@ -336,6 +344,13 @@ def _view(name: str, raw: bytes) -> LedgerView | None:
     )
 
 
+def view_of(name: str, ledger: Ledger) -> LedgerView:
+    """Give the view of a ledger of this process."""
+    view = _view(name, ledger.snapshot())
+    assert view is not None
+    return view
+
+
 def read_ledgers(directory: Path) -> dict[str, LedgerView]:
     """Read the ledgers of all agents of a mesh, by agent name."""
     views: dict[str, LedgerView] = {}
@@ -369,6 +384,10 @@ class Account:
         return {name: link.lost for name, link in self.links.items() if link.lost}
 
     @property
+    def topics_said(self) -> list[str]:
+        """List the topics this agent's name has published on."""
+        return [key for kind, key in self._index if kind == OUT]
+
     def lost(self) -> int:
         """Sum up what was lost on all links."""
         return sum(link.lost for link in self.links.values())

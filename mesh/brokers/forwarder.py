@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from mesh import process
+from mesh.beats import BeatSender
 from mesh.brokers.zeromq import HIGH_WATER_FRAMES
 from mesh.codec import MAX_FRAME_BYTES, is_frame
 from mesh.env import is_supervised, mesh_dir
@@ -227,15 +228,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(rundir: RunDir, *, adhoc: bool) -> int:
-    process.prepare(rundir, "forwarder", die_with_parent=is_supervised())
+    process.prepare(rundir, "forwarder", parent_bound=is_supervised())
     close_log = set_up_logging("forwarder", rundir.log("forwarder"))
     ledger = Ledger.open(rundir.ledger("forwarder"))
-    beats = process.forwarder_beats(rundir) if not adhoc else None
+    beats = BeatSender(rundir, "forwarder")
+    beats.open()
 
     def beat() -> None:
         ledger.set("beat_mono_ms", int(time.monotonic() * 1000))
-        if beats is not None:
-            beats()
+        beats.send(beats.make(state="ready"))
 
     forwarder = Forwarder(rundir, ledger, adhoc=adhoc, beat=beat)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -247,8 +248,10 @@ def _serve(rundir: RunDir, *, adhoc: bool) -> int:
         forwarder.run()
     finally:
         forwarder.close()
+        beats.close()
         ledger.set("state", STATES.index("stopped"))
         close_log()
+        process.drop_empty_stacks()
     return 0
 
 

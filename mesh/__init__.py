@@ -1,0 +1,150 @@
+"""
+LEGION mesh: agents as supervised processes, typed events between them.
+
+Everything public can be imported from here; each name loads its module when it is first used, so an
+agent process loads only what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mesh import filters, middleware
+    from mesh.agent import Agent, AgentContext, every, on, source
+    from mesh.broker import MessageBroker
+    from mesh.brokers.memory import InMemoryMessageBroker
+    from mesh.brokers.zeromq import ZeroMQMessageBroker
+    from mesh.config import MessageBusConfig
+    from mesh.consumer import ConsumerConfig, EventConsumer
+    from mesh.deadletters import DeadLetter, DeadLetters
+    from mesh.errors import (
+        AlreadyRunningError,
+        BackpressureError,
+        BrokerUnavailableError,
+        ClosedError,
+        ConfigurationError,
+        EventTooLargeError,
+        FrameError,
+        HandlerSignatureError,
+        MeshError,
+        NotConnectedError,
+        PayloadError,
+        RequestTimeoutError,
+        RunDirError,
+        TopicError,
+    )
+    from mesh.events import Event, EventType, declare_schema, event_type
+    from mesh.factory import MessageBus, MessageBusFactory
+    from mesh.filters import Filter
+    from mesh.handlers import EventHandlerRegistry, HandlerPriority
+    from mesh.inprocess import InProcessMesh
+    from mesh.launch import launch
+    from mesh.publisher import EventPublisher, PublisherConfig
+    from mesh.requests import Requester
+    from mesh.runtime import run
+    from mesh.workers import OffloadError, OffloadTimeoutError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "mesh.agent": ("Agent", "AgentContext", "every", "on", "source"),
+    "mesh.broker": ("MessageBroker",),
+    "mesh.brokers.memory": ("InMemoryMessageBroker",),
+    "mesh.brokers.zeromq": ("ZeroMQMessageBroker",),
+    "mesh.config": ("MessageBusConfig",),
+    "mesh.consumer": ("ConsumerConfig", "EventConsumer"),
+    "mesh.deadletters": ("DeadLetter", "DeadLetters"),
+    "mesh.errors": (
+        "AlreadyRunningError",
+        "BackpressureError",
+        "BrokerUnavailableError",
+        "ClosedError",
+        "ConfigurationError",
+        "EventTooLargeError",
+        "FrameError",
+        "HandlerSignatureError",
+        "MeshError",
+        "NotConnectedError",
+        "PayloadError",
+        "RequestTimeoutError",
+        "RunDirError",
+        "TopicError",
+    ),
+    "mesh.events": ("Event", "EventType", "declare_schema", "event_type"),
+    "mesh.factory": ("MessageBus", "MessageBusFactory"),
+    "mesh.filters": ("Filter",),
+    "mesh.handlers": ("EventHandlerRegistry", "HandlerPriority"),
+    "mesh.inprocess": ("InProcessMesh",),
+    "mesh.launch": ("launch",),
+    "mesh.publisher": ("EventPublisher", "PublisherConfig"),
+    "mesh.requests": ("Requester",),
+    "mesh.runtime": ("run",),
+    "mesh.workers": ("OffloadError", "OffloadTimeoutError"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604 - kept in step with `_HOMES` by tests/house
+    "Agent",
+    "AgentContext",
+    "AlreadyRunningError",
+    "BackpressureError",
+    "BrokerUnavailableError",
+    "ClosedError",
+    "ConfigurationError",
+    "ConsumerConfig",
+    "DeadLetter",
+    "DeadLetters",
+    "Event",
+    "EventConsumer",
+    "EventHandlerRegistry",
+    "EventPublisher",
+    "EventTooLargeError",
+    "EventType",
+    "Filter",
+    "FrameError",
+    "HandlerPriority",
+    "HandlerSignatureError",
+    "InMemoryMessageBroker",
+    "InProcessMesh",
+    "MeshError",
+    "MessageBroker",
+    "MessageBus",
+    "MessageBusConfig",
+    "MessageBusFactory",
+    "NotConnectedError",
+    "OffloadError",
+    "OffloadTimeoutError",
+    "PayloadError",
+    "PublisherConfig",
+    "RequestTimeoutError",
+    "Requester",
+    "RunDirError",
+    "TopicError",
+    "ZeroMQMessageBroker",
+    "declare_schema",
+    "event_type",
+    "every",
+    "filters",
+    "launch",
+    "middleware",
+    "on",
+    "run",
+    "source",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME_OF.get(name)
+    if module is None:
+        if name in ("filters", "middleware"):
+            return importlib.import_module(f"mesh.{name}")
+        raise AttributeError(f"module 'mesh' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

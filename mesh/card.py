@@ -1,0 +1,44 @@
+"""An agent's card: what it is, hears and says, in a small file that `mesh agents` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from mesh.rundir import RunDir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What an agent says of itself."""
+
+    name: str
+    pid: int
+    script: str
+    hears: tuple[str, ...]
+    says: tuple[str, ...]
+    started_at_s: float
+    state: str
+
+
+def write_card(rundir: RunDir, card: Card) -> None:
+    """Replace the agent's card in one step."""
+    path = rundir.card(card.name)
+    draft = path.with_name(f".{path.name}.{card.pid}")
+    draft.write_bytes(msgspec.json.encode(card))
+    draft.replace(path)
+
+
+def read_cards(rundir: RunDir) -> dict[str, Card]:
+    """Read the cards of all agents that have started in this mesh, by name."""
+    cards: dict[str, Card] = {}
+    for path in sorted((rundir.path / "agents").glob("[!.]*.json")):
+        try:
+            card = msgspec.json.decode(path.read_bytes(), type=Card)
+        except (OSError, msgspec.MsgspecError):
+            continue  # replaced or removed in this moment
+        cards[card.name] = card
+    return cards

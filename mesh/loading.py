@@ -1,0 +1,89 @@
+"""Find the agent class in a script, with an answer for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mesh.agent import Agent
+from mesh.errors import MeshError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+class AgentScriptError(MeshError):
+    """A script that holds no agent that can run; the last line of the message says why."""
+
+
+def load_agent(script: str | Path) -> type[Agent]:
+    """
+    Import a script and give its one agent class.
+
+    Args:
+        script: The path of a Python file.
+
+    Raises:
+        AgentScriptError: It is missing, does not compile, raises, or holds none or several agents.
+    """
+    path = Path(script)
+    if not path.is_file():
+        raise AgentScriptError(f"{path}: no such file")
+    try:
+        module = _import(path)
+    except Exception as error:
+        raise AgentScriptError(f"{path} cannot be imported:\n{_last_words(error)}") from error
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Agent)
+        and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
+    ]
+    if not found:
+        raise AgentScriptError(
+            f"{path}: no agent class; write `class {path.stem.title().replace('_', '')}(Agent):`"
+        )
+    # A base class beside its only child is a common way to write agents
+    leaves = [one for one in found if not any(one in other.__mro__[1:] for other in found)]
+    if len(leaves) > 1:
+        names = ", ".join(one.__name__ for one in leaves)
+        raise AgentScriptError(f"{path}: {len(leaves)} agent classes ({names}); one a script")
+    return leaves[0]
+
+
+def _import(path: Path) -> ModuleType:
+    """
+    Import by the dotted name when the script lies under the current directory.
+
+    So it is the same module that others import by name, and its schemas are the same classes.
+    """
+    root = Path.cwd()
+    try:
+        relative = path.resolve().relative_to(root)
+    except ValueError:
+        relative = None
+    if relative is not None and all(part.isidentifier() for part in relative.with_suffix("").parts):
+        if str(root) not in sys.path:
+            sys.path.insert(0, str(root))
+        return importlib.import_module(".".join(relative.with_suffix("").parts))
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[path.stem] = module
+    # Siblings of the script can be imported, after everything else
+    sys.path.append(str(path.resolve().parent))
+    specification.loader.exec_module(module)
+    return module
+
+
+def _last_words(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"  {frames[-1].filename}:{frames[-1].lineno}\n" if frames else ""
+    return where + "".join(traceback.format_exception_only(error)).strip()

@@ -1,0 +1,328 @@
+"""
+The composition root of an agent process: everything an agent needs is made and ended here.
+
+Started by supervisord as ``python -m mesh.runtime agents/risk.py``, or by `run` at the end of a
+script. Exit codes: 0 clean, 70 the agent failed, 75 another incarnation lives, 78 configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mesh import env, process
+from mesh.agent import Agent, AgentContext
+from mesh.beats import Beat, BeatSender
+from mesh.card import Card, write_card
+from mesh.config import MessageBusConfig
+from mesh.deadletters import DeadLetters
+from mesh.errors import (
+    EXIT_BUG,
+    EXIT_CONFIGURATION,
+    EXIT_LOCKED,
+    AlreadyRunningError,
+    ConfigurationError,
+    MeshError,
+)
+from mesh.events import EventType
+from mesh.factory import make_broker
+from mesh.ledger import SOURCES, STATES, Ledger
+from mesh.loading import load_agent
+from mesh.logs import set_up_logging
+from mesh.rundir import RunDir
+from mesh.telemetry import tracing_middleware
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mesh.rundir import Lock
+
+_log = logging.getLogger("mesh.runtime")
+
+BEAT_S = 1.0
+
+#: True while a script is loaded by `main`: its own `run(...)` must not start it a second time.
+_loading = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """How one agent process is started."""
+
+    kind: type[Agent]
+    name: str
+    script: str
+    rundir: RunDir
+    config: MessageBusConfig
+    params: Mapping[str, str]
+    #: End when the parent ends.
+    parent_bound: bool
+    #: Wait for the monitor's word before sources speak.
+    gated: bool
+
+
+def run(kind: type[Agent]) -> None:
+    """
+    Run an agent in this process until SIGTERM or SIGINT; then exit.
+
+    Args:
+        kind: The agent class. Put ``if __name__ == "__main__":`` before the call.
+
+    Raises:
+        SystemExit: Always; the code says how it went.
+    """
+    if _loading:
+        return
+    script = sys.argv[0] or kind.__module__
+    sys.exit(_guarded(lambda: _start(kind, script, None)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the agent of a script; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mesh.runtime", description="Run the one agent of a script."
+    )
+    parser.add_argument("script", help="a Python file with one Agent class")
+    parser.add_argument("--name", help="the agent's name (default: MESH_AGENT, or the file's name)")
+    options = parser.parse_args(argv)
+    return _guarded(lambda: _start(_load(options.script), options.script, options.name))
+
+
+def _load(script: str) -> type[Agent]:
+    global _loading  # noqa: PLW0603 - tells `run` in the script that it is being imported
+    _loading = True
+    try:
+        return load_agent(script)
+    finally:
+        _loading = False
+
+
+def _guarded(start: Callable[[], int]) -> int:
+    """Turn what stops a process into an exit code and words on stderr."""
+    try:
+        return start()
+    except ConfigurationError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)  # noqa: T201 - there may be no log
+        return EXIT_CONFIGURATION
+    except AlreadyRunningError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return EXIT_LOCKED
+    except MeshError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return EXIT_BUG
+
+
+def _start(kind: type[Agent], script: str, name: str | None) -> int:
+    supervised = env.is_supervised()
+    launch = Launch(
+        kind=kind,
+        name=name or env.agent_name() or kind.name or Path(script).stem,
+        script=script,
+        rundir=RunDir.from_env().ensure(),
+        config=MessageBusConfig.from_env(),
+        params=env.agent_params(),
+        parent_bound=supervised,
+        gated=supervised,
+    )
+    return run_launch(launch)
+
+
+def run_launch(launch: Launch) -> int:
+    """
+    Run one agent to its end in this process.
+
+    Raises:
+        AlreadyRunningError: Another process lives under this name.
+        ConfigurationError: The agent's `setup` refuses its settings.
+    """
+    process.prepare(launch.rundir, launch.name, parent_bound=launch.parent_bound)
+    lock = process.only_incarnation(launch.rundir, launch.name)
+    close_log = set_up_logging(
+        launch.name, launch.rundir.log(launch.name), launch.config.log_level
+    )
+    try:
+        return asyncio.run(_AgentProcess(launch, lock).main())
+    except* ConfigurationError as group:
+        first = _first_leaf(group)
+        _log.error("%s: configuration: %s", launch.name, first)
+        raise first from None
+    finally:
+        close_log()
+        process.drop_empty_stacks()
+
+
+class _AgentProcess:
+    """One agent, its beats and its end."""
+
+    def __init__(self, launch: Launch, lock: Lock) -> None:
+        self._launch = launch
+        self._lock = lock
+        self._stop = asyncio.Event()
+        self._agent: Agent | None = None
+        self._ledger = Ledger.open(launch.rundir.ledger(launch.name))
+        self._lag_s = 0.0
+        self._started_s = time.time()
+
+    async def main(self) -> int:
+        """Run until told to stop; the agent's own end by an error is exit code 70."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        launch = self._launch
+        async with BeatSender(launch.rundir, launch.name) as beats:
+            if not launch.gated:
+                beats.gate_open.set()
+            async with asyncio.TaskGroup() as tasks:
+                beating = tasks.create_task(self._beat(beats), name="beat")
+                code = await self._live(beats)
+                beating.cancel()
+            beats.send(self._beat_now(beats))
+        return code
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            # The second one means it: what is unfinished is not waited for
+            os._exit(EXIT_BUG)
+        self._stop.set()
+
+    async def _live(self, beats: BeatSender) -> int:
+        launch = self._launch
+        broker = make_broker(launch.config, launch.rundir.path)
+        agent = self._agent = self._make(beats, broker)
+        try:
+            await broker.connect()
+            await agent.open()
+            self._write_card("ready")
+            beats.send(self._beat_now(beats))
+            _log.info("%s is READY (pid %d)", launch.name, os.getpid())
+            await agent.publish(EventType.AGENT_READY, {"name": launch.name, "pid": os.getpid()})
+            return await self._work(agent)
+        finally:
+            self._write_card("draining")
+            beats.send(self._beat_now(beats))
+            await agent.close()
+            await broker.close()
+            self._write_card("stopped")
+            _log.info("%s ends", launch.name)
+
+    async def _work(self, agent: Agent) -> int:
+        """Run sources and timers until a signal comes."""
+        working = asyncio.create_task(agent.work(), name="work")
+        stopping = asyncio.create_task(self._stop.wait(), name="stop")
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done() and working.exception() is None:
+            await stopping  # sources have ended; handlers go on
+        stopping.cancel()
+        working.cancel()
+        outcomes = await asyncio.gather(working, stopping, return_exceptions=True)
+        failure = outcomes[0]
+        if isinstance(failure, BaseException) and not isinstance(failure, asyncio.CancelledError):
+            if isinstance(failure, BaseExceptionGroup) and failure.subgroup(ConfigurationError):
+                raise _first_leaf(failure.subgroup(ConfigurationError))
+            _log.error("%s failed and ends", agent.name, exc_info=failure)
+            print(f"{type(failure).__name__}: {_first_leaf(failure)}", file=sys.stderr)  # noqa: T201
+            return EXIT_BUG
+        return 0
+
+    def _make(self, beats: BeatSender, broker: Any) -> Agent:
+        launch = self._launch
+        handler_layers, publish_layers = tracing_middleware(launch.config.tracing, launch.name)
+        return launch.kind(
+            AgentContext(
+                name=launch.name,
+                broker=broker,
+                config=launch.config,
+                params=launch.params,
+                ledger=self._ledger,
+                dead_letters=DeadLetters(launch.name, launch.rundir.dead(launch.name)),
+                gate=beats.gate_open,
+                ledgers=launch.rundir.ledgers,
+                middleware=handler_layers,
+                publisher_middleware=publish_layers,
+            )
+        )
+
+    async def _beat(self, beats: BeatSender) -> None:
+        """Beat from the handlers' own loop: a beat proves that the loop turns."""
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            self._lag_s = max(0.0, loop.time() - due)
+            beat = self._beat_now(beats)
+            beats.send(beat)
+            await self._tell(beat)
+            due = loop.time() + BEAT_S
+            await asyncio.sleep(BEAT_S)
+
+    async def _tell(self, beat: Beat) -> None:
+        """Say the same on the bus, for eyes; nothing depends on it."""
+        agent = self._agent
+        if agent is not None and beat.state == "ready":
+            with contextlib.suppress(MeshError):
+                await agent.publish(EventType.AGENT_HEARTBEAT, beat.facts())
+
+    def _beat_now(self, beats: BeatSender) -> Beat:
+        ledger, agent = self._ledger, self._agent
+        running, age_s, handler = agent.consumer.in_flight() if agent else (0, 0.0, None)
+        queued = agent.consumer.queued() if agent else 0
+        ledger.set("beat_mono_ms", int(time.monotonic() * 1000))
+        ledger.set("lag_us", int(self._lag_s * 1e6))
+        ledger.set("queue", queued)
+        return beats.make(
+            state=_state(ledger),
+            lag_ms=self._lag_s * 1e3,
+            inflight=running,
+            oldest_ms=age_s * 1e3,
+            handler=handler,
+            queue=queued,
+            handled=ledger.get("handled"),
+            failed=ledger.get("failed"),
+            lost=ledger.lost(),
+            dropped=sum(ledger.counts().values()),
+            needs_restart=agent.consumer.is_stuck() if agent else False,
+            sources=SOURCES[ledger.get("sources")],
+        )
+
+    def _write_card(self, state: str) -> None:
+        launch = self._launch
+        says = sorted(
+            {key for key in self._ledger.topics_said() if not key.startswith("agent.")}
+        )
+        write_card(
+            launch.rundir,
+            Card(
+                name=launch.name,
+                pid=os.getpid(),
+                script=launch.script,
+                hears=tuple(launch.kind.hears()),
+                says=tuple(says),
+                started_at_s=self._started_s,
+                state=state,
+            ),
+        )
+
+
+def _state(ledger: Ledger) -> str:
+    state = STATES[ledger.get("state")]
+    return "starting" if state == "absent" else state
+
+
+def _first_leaf(error: BaseException | None) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert error is not None
+    return error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

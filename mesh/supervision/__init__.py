@@ -1,0 +1,1 @@
+"""Keeping agents alive: beats, verdicts, the monitor, and the door to supervisord."""
