@@ -1,0 +1,126 @@
+"""What every test gets: a clean environment, a run directory, a check of what it left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.plumbing import leaks, processes
+from tests.plumbing.redis_server import RedisServer, find_redis
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+# What a developer's shell may hold and a test must not see
+_FOREIGN = ("MESH_", "LEGION_", "REDIS_")
+# A process on its way out is none that was left
+_GRACE_S = 2.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a server by the fixtures it asks for, so that nobody has to remember."""
+    for item in items:
+        if {"redis_url", "redis_server"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.redis)
+
+
+@pytest.fixture(autouse=True)
+def own_mesh_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Point MESH_DIR to a short path of this test's own; nothing may still use it afterwards."""
+    for name in list(os.environ):
+        if name.startswith(_FOREIGN) and not name.startswith("LEGION_TEST_"):
+            monkeypatch.delenv(name)
+    # Sockets lie in it, and their paths end at 107 bytes
+    folder = Path(min(tempfile.gettempdir(), "/tmp", key=len), f"lg-{secrets.token_hex(4)}")
+    monkeypatch.setenv("MESH_DIR", str(folder))
+    yield folder
+    if not folder.exists():
+        return
+    left = _after_grace(lambda: processes.processes_in(folder))
+    shutil.rmtree(folder)
+    assert not left, f"still used {folder}: " + "; ".join(map(str, left))
+
+
+@pytest.fixture
+def rundir(own_mesh_dir: Path) -> Path:
+    """Give this test's MESH_DIR, made already."""
+    own_mesh_dir.mkdir(mode=0o700)
+    return own_mesh_dir
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_open(own_mesh_dir: Path) -> Iterator[None]:
+    """Fail a test that leaves open files, sockets or child processes."""
+    files, offspring = leaks.open_files(), {child.pid for child in processes.children()}
+    yield
+    left = _after_grace(
+        lambda: [child for child in processes.children() if child.pid not in offspring]
+    )
+    assert not left, "children left running: " + "; ".join(map(str, left))
+    opened = leaks.new_open_files(files)
+    assert not opened, "left open: " + "; ".join(opened)
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_running(request: pytest.FixtureRequest, leaves_nothing_open: None) -> None:
+    """Fail an async test that leaves tasks; the check above runs when its loop is closed."""
+    if inspect.iscoroutinefunction(getattr(request, "function", None)):
+        request.getfixturevalue("leaves_no_task")
+
+
+@pytest.fixture
+async def leaves_no_task() -> AsyncIterator[None]:
+    """Fail a test whose loop still runs tasks when everything it asked for is closed."""
+    before = asyncio.all_tasks()
+    yield
+    left = await leaks.new_tasks(before)
+    assert not left, "tasks left running: " + "; ".join(left)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """Give this worker's own redis-server; skip where there is none, unless this is CI."""
+    if find_redis() is None:
+        missing = "no redis-server on this machine; scripts/test brings one along"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    server = RedisServer()
+    try:
+        yield server.start()
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def redis_url(request: pytest.FixtureRequest, worker_id: str) -> str:
+    """Give the address of an empty database: of LEGION_TEST_REDIS_URL, or of our own server."""
+    import redis
+
+    url = os.environ.get("LEGION_TEST_REDIS_URL")
+    if url:
+        # Workers share that server: each takes a database, by its number
+        url = f"{url.rstrip('/')}/{worker_id[2:] if worker_id.startswith('gw') else 0}"
+    else:
+        url = request.getfixturevalue("redis_server").url
+    with redis.Redis.from_url(url) as connection:
+        connection.flushdb()
+    return url
+
+
+def _after_grace(find: Callable[[], list[processes.Process]]) -> list[processes.Process]:
+    """Give the processes that do not end by themselves in a moment, after having killed them."""
+    with contextlib.suppress(AssertionError):
+        processes.wait_until(lambda: not find(), within_s=_GRACE_S, what="they end")
+    if left := find():
+        processes.kill_all(find)
+    return left
