@@ -29,7 +29,7 @@ _GRACE_S = 2.0
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a server by the fixtures it asks for, so that nobody has to remember."""
     for item in items:
-        if {"redis_url", "redis_server"} & set(getattr(item, "fixturenames", ())):
+        if "redis_home" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.redis)
 
 
@@ -87,8 +87,13 @@ async def leaves_no_task() -> AsyncIterator[None]:
 
 
 @pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisServer]:
-    """Give this worker's own redis-server; skip where there is none, unless this is CI."""
+def redis_home(worker_id: str) -> Iterator[str]:
+    """Give this worker's database: on LEGION_TEST_REDIS_URL, or on a redis-server of its own."""
+    shared = os.environ.get("LEGION_TEST_REDIS_URL")
+    if shared:
+        # Each worker takes a database there, by its number
+        yield f"{shared.rstrip('/')}/{worker_id.removeprefix('gw').replace('master', '0')}"
+        return
     if find_redis() is None:
         missing = "no redis-server on this machine; scripts/test brings one along"
         if os.environ.get("CI") == "true":
@@ -96,25 +101,19 @@ def redis_server() -> Iterator[RedisServer]:
         pytest.skip(missing)
     server = RedisServer()
     try:
-        yield server.start()
+        yield server.start().url
     finally:
         server.close()
 
 
 @pytest.fixture
-def redis_url(request: pytest.FixtureRequest, worker_id: str) -> str:
-    """Give the address of an empty database: of LEGION_TEST_REDIS_URL, or of our own server."""
+def redis_url(redis_home: str) -> str:
+    """Give the address of an empty database."""
     import redis
 
-    url = os.environ.get("LEGION_TEST_REDIS_URL")
-    if url:
-        # Workers share that server: each takes a database, by its number
-        url = f"{url.rstrip('/')}/{worker_id[2:] if worker_id.startswith('gw') else 0}"
-    else:
-        url = request.getfixturevalue("redis_server").url
-    with redis.Redis.from_url(url) as connection:
+    with redis.Redis.from_url(redis_home) as connection:
         connection.flushdb()
-    return url
+    return redis_home
 
 
 def _after_grace(find: Callable[[], list[processes.Process]]) -> list[processes.Process]:

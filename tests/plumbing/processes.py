@@ -217,9 +217,7 @@ def kill_all(find: Callable[[], list[Process]]) -> None:
 
 
 def _pids() -> Iterator[int]:
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            yield int(entry.name)
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
 
 
 def _command(pid: int) -> str:
@@ -236,9 +234,9 @@ def _uses(pid: int, needle: bytes, sockets: frozenset[str]) -> bool:
             return True
         if os.fsencode(os.readlink(proc / "cwd")).startswith(needle):
             return True
-        for entry in os.scandir(proc / "fd"):
+        for name in os.listdir(proc / "fd"):
             with contextlib.suppress(OSError):
-                target = os.readlink(entry.path)
+                target = os.readlink(proc / "fd" / name)
                 if target in sockets or os.fsencode(target).startswith(needle):
                     return True
     return False
