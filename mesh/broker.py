@@ -147,7 +147,7 @@ class MessageBroker(ABC):
             BackpressureError: The fabric stayed full.
         """
         topic = check_topic(channel)
-        data = codec.encode_payload(topic, dict(message))
+        data = codec.payload_encoder(topic)(dict(message))
         event = Event(
             type=topic, data=data, source_agent=self.fabric, timestamp=SYSTEM_CLOCK.now()
         )

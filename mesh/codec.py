@@ -24,13 +24,15 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
+from operator import attrgetter
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from mesh.errors import EventTooLargeError, FrameError, PayloadError
-from mesh.events import Event, declaration_of
+from mesh.events import Event, EventType, OwnEvent, declaration_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +42,7 @@ BATCH_VERSION = 1
 MAX_EVENT_BYTES = 256 * 1024
 #: A batch is closed at this size; a single larger event travels alone.
 MAX_BATCH_BYTES = 64 * 1024
-MAX_BATCH_EVENTS = 64
+MAX_BATCH_EVENTS = 256
 #: What a socket accepts at all.
 MAX_FRAME_BYTES = MAX_EVENT_BYTES + MAX_BATCH_BYTES + 1024
 MAX_DEPTH = 32
@@ -55,13 +57,18 @@ _TEXT_ONLY = frozenset({str})
 
 _packer = msgspec.msgpack.Encoder()
 _json = msgspec.json.Encoder()
-_unpack_batch = msgspec.msgpack.Decoder(list[Event]).decode
+#: What msgspec and pydantic raise for data that cannot travel or does not fit.
+CANNOT = (msgspec.ValidationError, TypeError, ValueError, OverflowError, RecursionError)
+_unpack_builtin = msgspec.msgpack.Decoder(list[Event]).decode
+_unpack_own = msgspec.msgpack.Decoder(list[OwnEvent]).decode
 _unpack_raw = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
-_unpack_event = msgspec.msgpack.Decoder(Event).decode
+_unpack_event = msgspec.msgpack.Decoder(OwnEvent).decode
+_type_of = attrgetter("type")
+_data_of = attrgetter("data")
 _force = msgspec.structs.force_setattr
 
 
-class _Sequenced(Event, frozen=True, omit_defaults=True, tag_field="specversion", tag="1.0"):
+class _Sequenced(OwnEvent, frozen=True, omit_defaults=True, tag_field="specversion", tag="1.0"):
     """A live event in JSON: the numbers of the loss ledger ride along."""
 
     sequence: int | None = None
@@ -88,30 +95,63 @@ class Batch:
     rejected: list[tuple[str, str, bytes]] | None = None
 
 
-def encode_payload(topic: str, data: Any) -> Any:
+def payload_encoder(topic: str) -> Callable[[Any], Any]:
     """
-    Check a payload against its type's declaration and give what travels as ``data``.
+    Make the function that checks payloads of a type and gives what travels as ``data``.
+
+    Made once a type and publisher: what the type declares is then known without looking it up.
 
     Args:
         topic: The event type.
-        data: A dict, or an instance of the declared schema.
 
     Returns:
-        `data` itself when nothing is declared, else its encoded and verified form.
-
-    Raises:
-        PayloadError: Names the type, the field, what was expected and what it got.
+        A function of a payload (a dict, or an instance of the declared schema). It raises
+        PayloadError, which names the type, the field, what was expected and what it got.
     """
     schema = declaration_of(topic).schema
-    if schema is None:
-        if type(data) is dict:
-            if _SCALARS.issuperset(map(type, data.values())) and _TEXT_ONLY.issuperset(
-                map(type, data)
-            ):
-                return data
-            return _checked(topic, data)
+    if schema is not None:
+        return _schema_encoder(topic, schema)
+    flat = _SCALARS.issuperset
+    text = _TEXT_ONLY.issuperset
+
+    def encode(data: Any) -> Any:
+        if type(data) is dict and flat(map(type, data.values())) and text(map(type, data)):
+            return data
         return _plain(topic, data)
-    return msgspec.Raw(validated(topic, schema, data))
+
+    return encode
+
+
+def _schema_encoder(topic: str, schema: type[Any]) -> Callable[[Any], Any]:
+    decode = _make_decoder(schema)
+    pack, raw = _packer.encode, msgspec.Raw
+
+    def encode(data: Any) -> Any:
+        # Encoding first and decoding what was encoded proves exactly what the other side will see,
+        # for every kind of schema, at half the cost of a conversion followed by an encoding
+        try:
+            packed = pack(data)
+            decode(packed)
+        except CANNOT as error:
+            return msgspec.Raw(_validated_model(topic, schema, data, error))
+        return raw(packed)
+
+    return encode
+
+
+def _validated_model(topic: str, schema: type[Any], data: Any, error: Exception) -> bytes:
+    """Give pydantic models, which msgspec does not know, their turn; else say what is wrong."""
+    if hasattr(data, "model_dump"):
+        try:
+            packed = _packer.encode(data.model_dump(mode="json"))
+            _make_decoder(schema)(packed)
+        except CANNOT as second:
+            error = second
+        else:
+            return packed
+    raise PayloadError(
+        f"payload of {topic!r} does not fit {schema.__qualname__}: {error}"
+    ) from error
 
 
 def _plain(topic: str, data: Any) -> dict[str, Any]:
@@ -136,38 +176,6 @@ def _checked(topic: str, data: dict[str, Any]) -> dict[str, Any]:
     except FrameError as error:
         raise PayloadError(f"payload of {topic!r}: {error}") from None
     return data
-
-
-def validated(topic: str, schema: type[Any], data: Any) -> bytes:
-    """
-    Encode a payload and prove that its schema takes it.
-
-    Encoding first and decoding what was encoded proves exactly what the other side will see, for
-    every kind of schema, at half the cost of a conversion followed by an encoding.
-
-    Raises:
-        PayloadError: Names the type, the field, what was expected and what it got.
-    """
-    if hasattr(data, "model_dump"):
-        data = data.model_dump(mode="json")
-    try:
-        raw = _packer.encode(data)
-        _schema_decoder(schema)(raw)
-    except (msgspec.ValidationError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise PayloadError(
-            f"payload of {topic!r} does not fit {schema.__qualname__}: {error}"
-        ) from error
-    return raw
-
-
-_decoders: dict[type[Any], Callable[[bytes], Any]] = {}
-
-
-def _schema_decoder(schema: type[Any]) -> Callable[[bytes], Any]:
-    decode = _decoders.get(schema)
-    if decode is None:
-        decode = _decoders[schema] = _make_decoder(schema)
-    return decode
 
 
 def _make_decoder(schema: type[Any]) -> Callable[[bytes], Any]:
@@ -196,27 +204,16 @@ def convert_payload(data: dict[str, Any], schema: type[Any]) -> Any:
         raise PayloadError(f"payload does not fit {schema.__qualname__}: {error}") from error
 
 
-def encode_event(event: Event, buffer: bytearray) -> None:
-    """
-    Append an event in msgpack to a buffer.
+#: Append an event in msgpack to a bytearray at an offset (-1: the end); raises one of `CANNOT`.
+pack_into = _packer.encode_into
 
-    Raises:
-        PayloadError: Something in the payload cannot travel; the buffer is as it was.
-        EventTooLargeError: The event is over the size limit; the buffer is as it was.
-    """
-    before = len(buffer)
-    try:
-        _packer.encode_into(event, buffer, -1)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        del buffer[before:]
-        raise PayloadError(f"payload of {event.type!r} cannot travel: {error}") from error
-    if len(buffer) - before > MAX_EVENT_BYTES:
-        size = len(buffer) - before
-        del buffer[before:]
-        raise EventTooLargeError(
-            f"event {event.type!r} has {size} bytes, the limit is {MAX_EVENT_BYTES};"
-            " send a reference to the data instead"
-        )
+
+def too_large(event: Event, size: int) -> EventTooLargeError:
+    """Make the error for an event of `size` bytes."""
+    return EventTooLargeError(
+        f"event {event.type!r} has {size} bytes, the limit is {MAX_EVENT_BYTES};"
+        " send a reference to the data instead"
+    )
 
 
 def batch_prefix(publisher: str) -> bytes:
@@ -251,10 +248,20 @@ def encode_json(event: Event, *, epoch: int | None = None, sequence: int | None 
 
 
 def encode_single(event: Event) -> bytes:
-    """Give an event as one msgpack CloudEvent without numbering."""
-    buffer = bytearray()
-    encode_event(event, buffer)
-    return bytes(buffer)
+    """
+    Give an event as one msgpack CloudEvent without numbering.
+
+    Raises:
+        PayloadError: Something in the payload cannot travel.
+        EventTooLargeError: The event is over the size limit.
+    """
+    try:
+        packed = _packer.encode(event)
+    except CANNOT as error:
+        raise PayloadError(f"payload of {event.type!r} cannot travel: {error}") from error
+    if len(packed) > MAX_EVENT_BYTES:
+        raise too_large(event, len(packed))
+    return packed
 
 
 def is_frame(frame: bytes) -> bool:
@@ -316,37 +323,42 @@ def _decode_batch(topic: str, frame: bytes) -> Batch:
     epoch, first, count = _TAIL.unpack_from(frame, start)
     batch = Batch(topic, [], publisher, epoch, first, count)
     events = memoryview(frame)[body:]
+    member = declaration_of(topic).member
     try:
-        decoded = _unpack_batch(events)
+        decoded = _unpack_builtin(events) if type(member) is EventType else _unpack_own(events)
     except (msgspec.MsgspecError, RecursionError, ValueError):
         return _decode_one_by_one(batch, events)
     if len(decoded) != count:
         raise FrameError("undecodable", f"{len(decoded)} events where the header says {count}")
-    return _check_all(batch, decoded, len(frame))
+    if _all_sound(decoded, member, len(frame)):
+        batch.events = decoded
+        if type(member) not in (EventType, str):
+            for event in decoded:
+                _force(event, "type", member)
+        return batch
+    return _check_each(batch, decoded, member, len(frame))
 
 
-def _check_all(batch: Batch, decoded: list[Event], size: int) -> Batch:
-    """Check every event of a frame; the common case, all sound and flat, stays in C."""
-    topic = batch.topic
-    member = declaration_of(topic).member
-    flat = _SCALARS.issuperset
-    sound = batch.events
-    plain = type(member) is str
-    large = size > 2 * MAX_ITEMS
+def _all_sound(decoded: list[Any], member: str, size: int) -> bool:
+    """Check types and shapes of a whole batch without a Python-level loop: it is done per event."""
+    payloads = list(map(_data_of, decoded))
+    return (
+        _SCALARS.issuperset(map(type, chain.from_iterable(map(dict.values, payloads))))
+        and {member}.issuperset(map(_type_of, decoded))
+        and (size <= 2 * MAX_ITEMS or max(map(len, payloads)) <= MAX_ITEMS)
+    )
+
+
+def _check_each(batch: Batch, decoded: list[Any], member: str, size: int) -> Batch:
+    """Sort the sound events of a batch from the others."""
     for event in decoded:
-        if (
-            event.type != topic
-            or not flat(map(type, event.data.values()))
-            or (large and len(event.data) > MAX_ITEMS)
-        ):
-            try:
-                _check_event(topic, event, size)
-            except FrameError as error:
-                _reject(batch, error, _json_or_nothing(event))
-                continue
-        if not plain:
-            _force(event, "type", member)
-        sound.append(event)
+        try:
+            _check_event(batch.topic, event, size)
+        except FrameError as error:
+            _reject(batch, error, _json_or_nothing(event))
+            continue
+        _force(event, "type", member)
+        batch.events.append(event)
     return batch
 
 

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LANE_OF = {priority: lane for lane, priority in enumerate(HandlerPriority)}
-#: Every so many-th delivery's latency is recorded (a power of two minus one).
-_LATENCY_MASK = 15
+#: Handlers that never wait give the loop a turn after so many events.
+_EVENTS_A_TURN = 256
 #: A cancelled handler that is still there after this long holds the agent up for good.
 CANCEL_GRACE_S = 5.0
 _UNNUMBERED = "(unnumbered)"
@@ -96,8 +96,8 @@ class _Slot:
         "handler",
         "inbox",
         "pausing",
-        "seen_serial",
-        "serial",
+        "retries",
+        "seen",
         "task",
         "timed_out",
     )
@@ -107,8 +107,9 @@ class _Slot:
         self.task: asyncio.Task[None] | None = None
         self.event: Event | None = None
         self.handler: Handler | None = None
-        self.serial = 0
-        self.seen_serial = 0
+        #: What the watch saw last: the same event and try again is one that is still running.
+        self.seen: tuple[Event | None, int] = (None, 0)
+        self.retries = 0
         self.age_s = 0.0
         self.timed_out = False
         self.pausing = False
@@ -131,7 +132,6 @@ class EventConsumer:
         self.ledger = config.ledger or Ledger.in_memory()
         self.dead_letters = config.dead_letters or DeadLetters(config.agent_name)
         self._cells = self.ledger.cells
-        self._handled_at = Ledger.at("handled")
         self._retry = RetryPolicy(
             max_retries=config.max_retries, first_delay_s=config.retry_delay_ms / 1000
         )
@@ -352,53 +352,57 @@ class EventConsumer:
 
     async def _work(self, slot: _Slot) -> None:
         inbox = slot.inbox
+        since_turn = 0
         while True:
             arrival = inbox.take()
             if arrival is None:
                 self._tell_idle()
                 await inbox.wait()
+                since_turn = 0
                 continue
+            since_turn += arrival.left()
             await self._run(slot, arrival)
             if self._blocked and inbox.size <= self.config.buffer_size // 2:
                 self._blocked = False
                 self.broker.resume(self)
-            # Handlers that never wait must not keep the loop from reading and beating
-            if inbox.size:
+            if since_turn >= _EVENTS_A_TURN:
+                since_turn = 0
                 await asyncio.sleep(0)
 
     async def _run(self, slot: _Slot, arrival: Arrival) -> None:
         """Handle the events of an arrival, until something more urgent comes."""
-        cells, handled_at = self._cells, self._handled_at
-        settled_at = arrival.link + IN_SETTLED
+        cells, settled_at = self._cells, arrival.link + IN_SETTLED
         handlers, events, inbox, lane = arrival.handlers, arrival.events, slot.inbox, arrival.lane
         only = handlers[0] if len(handlers) == 1 else None
         slot.handler = only
         set_current = current_event.set
-        while arrival.position < len(events):
-            event = events[arrival.position]
-            arrival.position += 1
-            slot.serial = serial = slot.serial + 1
-            slot.event = event
+        begun = position = arrival.position
+        failed = 0
+        end = len(events)
+        while position < end:
+            slot.event = event = events[position]
+            position += 1
             set_current(event)
             if event.expires_at is not None and self._is_expired(event):
-                pass
+                failed += 1
             elif only is not None:
                 try:
                     await only.run(event)
-                    only.calls += 1
                 except BaseException as error:
+                    failed += 1
                     await self._failed(slot, only, event, error)
             else:
                 await self._run_each(slot, handlers, event)
             cells[settled_at] += 1
-            cells[handled_at] += 1
-            if not serial & _LATENCY_MASK:
-                self._note_latency(event)
-            if inbox.urgent < lane and arrival.position < len(events):
+            if inbox.urgent < lane and position < end:
+                arrival.position = position
                 inbox.put_back(arrival)
                 break
         slot.event = None
         set_current(None)
+        if only is not None:
+            only.calls += position - begun - failed
+        self._note_latency(events[position - 1])
 
     async def _run_each(self, slot: _Slot, handlers: tuple[Handler, ...], event: Event) -> None:
         for position, handler in enumerate(handlers):
@@ -427,7 +431,7 @@ class EventConsumer:
             slot.pausing = True
             await self.config.clock.sleep(self._retry.delay_s(attempt))
             slot.pausing = False
-            slot.serial += 1
+            slot.retries += 1
             attempt += 1
             try:
                 await handler.run(event)
@@ -521,8 +525,9 @@ class EventConsumer:
         return min(1.0, max(0.02, min(limits) / 5))
 
     def _look_at(self, slot: _Slot, elapsed_s: float) -> None:
-        if slot.event is None or slot.pausing or slot.serial != slot.seen_serial:
-            slot.seen_serial = slot.serial
+        event, retries = slot.seen
+        if slot.event is None or slot.pausing or slot.event is not event or slot.retries != retries:
+            slot.seen = (slot.event, slot.retries)
             slot.age_s = 0.0
             return
         slot.age_s += elapsed_s

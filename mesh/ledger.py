@@ -47,7 +47,6 @@ HEADER = (
     "state",
     "ready_at_us",
     "beat_mono_ms",
-    "handled",
     "failed",
     "sources",
     "queue",
@@ -166,6 +165,14 @@ class Ledger:
         """Tell how many events this agent's name has published on a topic, over all incarnations."""
         at = self._index.get((OUT, topic))
         return 0 if at is None else self.cells[at + OUT_SEQUENCE]
+
+    def handled(self) -> int:
+        """Count the events whose handlers have finished, on all links."""
+        return sum(
+            self.cells[at + IN_SETTLED] - self.cells[at + IN_DROPPED]
+            for (kind, _), at in self._index.items()
+            if kind == IN
+        )
 
     def topics_said(self) -> list[str]:
         """List the topics this agent's name has published on."""
@@ -332,7 +339,7 @@ def _view(name: str, raw: bytes) -> LedgerView | None:
         ready_at_s=head["ready_at_us"] / 1e6,
         beat_mono_s=head["beat_mono_ms"] / 1e3,
         started_mono_s=head["started_mono_ms"] / 1e3,
-        handled=head["handled"],
+        handled=sum(each.settled - each.dropped for each in heard.values()),
         failed=head["failed"],
         queue=head["queue"],
         lag_s=head["lag_us"] / 1e6,
@@ -384,6 +391,14 @@ class Account:
         return {name: link.lost for name, link in self.links.items() if link.lost}
 
     @property
+    def handled(self) -> int:
+        """Count the events whose handlers have finished, on all links."""
+        return sum(
+            self.cells[at + IN_SETTLED] - self.cells[at + IN_DROPPED]
+            for (kind, _), at in self._index.items()
+            if kind == IN
+        )
+
     def topics_said(self) -> list[str]:
         """List the topics this agent's name has published on."""
         return [key for kind, key in self._index if kind == OUT]

@@ -19,7 +19,12 @@ from mesh import codec
 from mesh.causality import current_event
 from mesh.clock import SYSTEM_CLOCK
 from mesh.deadletters import DeadLetters
-from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError
+from mesh.errors import (
+    BackpressureError,
+    BrokerUnavailableError,
+    ClosedError,
+    PayloadError,
+)
 from mesh.events import Event, declaration_of, new_id
 from mesh.handlers import compose
 from mesh.ledger import OUT_EPOCH, OUT_SEQUENCE, Ledger
@@ -27,7 +32,7 @@ from mesh.retry import RetryPolicy
 from mesh.topics import PRIVATE_PREFIX, check_topic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mesh.broker import MessageBroker
     from mesh.clock import Clock
@@ -69,6 +74,8 @@ class _Outgoing:
     member: str
     #: False: every event is a message of its own.
     batched: bool
+    #: Checks a payload and gives what travels.
+    encode: Callable[[Any], Any]
     first: int = 0
     count: int = 0
     events: bytearray = field(default_factory=bytearray)
@@ -91,6 +98,7 @@ class EventPublisher:
         self._now = config.clock.now
         self._ledger = config.ledger or Ledger.in_memory()
         self._cells = self._ledger.cells
+        self._pack_into = codec.pack_into
         self._prefix = codec.batch_prefix(config.agent_name)
         self._outgoing: dict[str, _Outgoing] = {}
         self._dirty: list[_Outgoing] = []
@@ -142,20 +150,35 @@ class EventPublisher:
         identity = event_id or new_id()
         parent = current_event.get()
         now = self._now()
-        event = Event(
-            out.member,
-            codec.encode_payload(out.topic, data),
-            self.agent_name,
-            now,
-            correlation_id or (identity if parent is None else parent.correlation_id),
-            identity,
-            causation_id or (None if parent is None else parent.id),
-            key,
-            None if expires_in_s is None else now + timedelta(seconds=expires_in_s),
-            None if parent is None else parent.traceparent,
-            reply_to,
-            0 if parent is None else parent.hops + 1,
-        )
+        data = out.encode(data)
+        if parent is None:
+            event = Event(
+                out.member,  # type: ignore[arg-type] - annotated for the decoder
+                data,
+                self.agent_name,
+                now,
+                correlation_id or identity,
+                identity,
+                causation_id,
+                key,
+            )
+        else:
+            event = Event(
+                out.member,  # type: ignore[arg-type] - annotated for the decoder
+                data,
+                self.agent_name,
+                now,
+                correlation_id or parent.correlation_id,
+                identity,
+                causation_id or parent.id,
+                key,
+                None,
+                parent.traceparent,
+                None,
+                parent.hops + 1,
+            )
+        if expires_in_s is not None or reply_to is not None:
+            event = _with_terms(event, expires_in_s, reply_to)
         if self._chain is not None:
             await self._chain(event)
         elif not out.batched:
@@ -172,7 +195,7 @@ class EventPublisher:
             PayloadError: The payload does not fit its schema, or cannot travel.
             BackpressureError: The fabric stayed full.
         """
-        data = codec.encode_payload(str(event.type), event.data)
+        data = codec.payload_encoder(str(event.type))(event.data)
         await (self._chain or self._enter)(msgspec.structs.replace(event, data=data))
 
     async def publish_batch(self, events: Iterable[tuple[str, Any]]) -> int:
@@ -278,7 +301,9 @@ class EventPublisher:
         epoch = self._cells[at + OUT_EPOCH] if at else 0
         member = declaration_of(topic).member
         batched = epoch != 0 and self.config.wire_format != "json"
-        out = self._outgoing[topic] = _Outgoing(topic, at + OUT_SEQUENCE, epoch, member, batched)
+        encode = codec.payload_encoder(topic)
+        out = _Outgoing(topic, at + OUT_SEQUENCE, epoch, member, batched, encode)
+        self._outgoing[topic] = out
         return out
 
     async def _enter(self, event: Event) -> None:
@@ -293,17 +318,26 @@ class EventPublisher:
         """Put an event into its batch; True when the batch is full."""
         if self._closed:
             self._require_open()
-        codec.encode_event(event, out.events)
-        sequence = self._cells[out.sequence_at] + 1
-        self._cells[out.sequence_at] = sequence
-        out.count += 1
-        if out.count == 1:
-            out.first = sequence
+        events = out.events
+        before = len(events)
+        try:
+            self._pack_into(event, events, -1)
+        except codec.CANNOT as error:
+            del events[before:]
+            raise PayloadError(f"payload of {event.type!r} cannot travel: {error}") from error
+        size = len(events)
+        if size - before > codec.MAX_EVENT_BYTES:
+            del events[before:]
+            raise codec.too_large(event, size - before)
+        self._cells[out.sequence_at] += 1
+        out.count = count = out.count + 1
+        if count == 1:
+            out.first = self._cells[out.sequence_at]
             self._dirty.append(out)
             if not self._flush_scheduled:
                 self._flush_scheduled = True
                 asyncio.get_running_loop().call_soon(self._flush_turn)
-        return out.count >= codec.MAX_BATCH_EVENTS or len(out.events) >= codec.MAX_BATCH_BYTES
+        return count >= codec.MAX_BATCH_EVENTS or size >= codec.MAX_BATCH_BYTES
 
     async def _send_alone(self, out: _Outgoing, event: Event) -> None:
         """Send an event as a message of its own: private topics, and the JSON form."""
@@ -409,3 +443,9 @@ class EventPublisher:
             attempts,
             error,
         )
+
+
+def _with_terms(event: Event, expires_in_s: float | None, reply_to: str | None) -> Event:
+    expires_at = None if expires_in_s is None else event.timestamp + timedelta(seconds=expires_in_s)
+    termed: Event = msgspec.structs.replace(event, expires_at=expires_at, reply_to=reply_to)
+    return termed

@@ -285,7 +285,7 @@ class _AgentProcess:
             oldest_ms=age_s * 1e3,
             handler=handler,
             queue=queued,
-            handled=ledger.get("handled"),
+            handled=ledger.handled(),
             failed=ledger.get("failed"),
             lost=ledger.lost(),
             dropped=sum(ledger.counts().values()),
