@@ -1,0 +1,1 @@
+"""Tests of agents: fixtures for pytest, in memory and in no time."""
