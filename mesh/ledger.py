@@ -391,18 +391,6 @@ class Account:
         return {name: link.lost for name, link in self.links.items() if link.lost}
 
     @property
-    def handled(self) -> int:
-        """Count the events whose handlers have finished, on all links."""
-        return sum(
-            self.cells[at + IN_SETTLED] - self.cells[at + IN_DROPPED]
-            for (kind, _), at in self._index.items()
-            if kind == IN
-        )
-
-    def topics_said(self) -> list[str]:
-        """List the topics this agent's name has published on."""
-        return [key for kind, key in self._index if kind == OUT]
-
     def lost(self) -> int:
         """Sum up what was lost on all links."""
         return sum(link.lost for link in self.links.values())
