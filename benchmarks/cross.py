@@ -26,10 +26,17 @@ def raw_throughput(count: int, size: int, subscribers: int = 1) -> float:
             )
         running.enter_context(
             process(
-                "-m", "benchmarks.raw", "publish", where, str(count), str(size), "0", str(subscribers)
+                "-m",
+                "benchmarks.raw",
+                "publish",
+                where,
+                str(count),
+                str(size),
+                "0",
+                str(subscribers),
             )
         )
-        return sum(wait_for(directory / name)["events_per_s"] for name in names)
+        return sum(float(wait_for(directory / name)["events_per_s"]) for name in names)
 
 
 def socket_throughput(count: int, size: int) -> float:
@@ -53,7 +60,7 @@ def mesh_throughput(count: int, size: int, subscribers: int = 1) -> float:
         names = [f"counter-{number}" for number in range(subscribers)]
         _start_counters(running, directory, names, count=count, size=size)
         _start_sender(running, directory, count=count, size=size)
-        return sum(wait_for(directory / name)["events_per_s"] for name in names)
+        return sum(float(wait_for(directory / name)["events_per_s"]) for name in names)
 
 
 def raw_latency(count: int, rate: float) -> tuple[float, float]:

@@ -35,7 +35,7 @@ def process(
     *arguments: str, environment: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run ``python ARGUMENTS``; ended by SIGTERM, then SIGKILL, when the block is left."""
-    child = subprocess.Popen(  # noqa: S603 - our own modules
+    child = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
         env={**os.environ, **(environment or {})},

@@ -128,7 +128,9 @@ class _Sample(msgspec.Struct):
 def socket_send(directory: str, count: int, size: int) -> None:
     """Write events to a Unix stream socket, 64 KiB at a time."""
     packer = msgspec.msgpack.Encoder()
-    sample = _Sample("bench.sample", "sender", "0123456789ab", 1.5, {"bid": 1.5, "text": "x" * (size - 90)})
+    sample = _Sample(
+        "bench.sample", "sender", "0123456789ab", 1.5, {"bid": 1.5, "text": "x" * (size - 90)}
+    )
     one = packer.encode(sample)
     with socket.socket(socket.AF_UNIX) as out:
         out.connect(f"{directory}/limit.sock")

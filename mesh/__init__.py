@@ -85,7 +85,7 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = [  # noqa: PLE0604 - kept in step with `_HOMES` by tests/house
+__all__ = [
     "Agent",
     "AgentContext",
     "AlreadyRunningError",

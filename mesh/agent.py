@@ -67,7 +67,7 @@ class _Marked:
 def on(
     *event_types: str,
     priority: HandlerPriority = HandlerPriority.NORMAL,
-    filter: Filter | Callable[[Event], bool] | None = None,  # noqa: A002 - the word users look for
+    filter: Filter | Callable[[Event], bool] | None = None,
     timeout_s: float | None = None,
     max_retries: int | None = None,
     middleware: Sequence[Middleware] = (),
@@ -274,9 +274,7 @@ class Agent:
             request.reply_to, data, request.correlation_id, causation_id=request.id
         )
 
-    async def offload(
-        self, func: Callable[..., Any], *args: Any, timeout_s: float = 30.0
-    ) -> Any:
+    async def offload(self, func: Callable[..., Any], *args: Any, timeout_s: float = 30.0) -> Any:
         """
         Run a CPU-heavy module-level function in a worker process; the loop keeps beating.
 
@@ -285,7 +283,7 @@ class Agent:
             OffloadTimeoutError: It did not come back in time.
         """
         if self._workers is None:
-            from mesh.workers import WorkerPool  # noqa: PLC0415 - loads multiprocessing
+            from mesh.workers import WorkerPool
 
             self._workers = WorkerPool()
         return await self._workers.call(func, *args, timeout_s=timeout_s)
@@ -303,7 +301,7 @@ class Agent:
         if self._backlog is None:
             self._backlog = Backlog(self.context.ledgers)
         # Counters in shared memory cannot wake us; two milliseconds are a few hundred events
-        while self._backlog.under_way() > max_under_way:
+        while self._backlog.under_way() > max_under_way:  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 
     def published(self, event_type: str) -> int:

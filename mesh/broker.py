@@ -148,9 +148,7 @@ class MessageBroker(ABC):
         """
         topic = check_topic(channel)
         data = codec.payload_encoder(topic)(dict(message))
-        event = Event(
-            type=topic, data=data, source_agent=self.fabric, timestamp=SYSTEM_CLOCK.now()
-        )
+        event = Event(type=topic, data=data, source_agent=self.fabric, timestamp=SYSTEM_CLOCK.now())
         await self.send(topic, codec.encode_single(event))
 
     async def subscribe(
@@ -236,7 +234,7 @@ class _Channel:
             message = await self._queue.get()
             try:
                 await self._handler(message)
-            except Exception:
+            except Exception:  # noqa: BLE001 - a handler's failure, not the channel's
                 _log.exception("the channel's handler failed; the channel goes on")
             if self._full and self._queue.qsize() < self.MAX_QUEUED // 2:
                 self._full = False

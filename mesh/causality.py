@@ -1,6 +1,4 @@
-"""
-Which event is being handled right now, so that what a handler publishes names its cause by itself.
-"""
+"""Which event is being handled right now, so that what is published names its cause."""
 
 from __future__ import annotations
 

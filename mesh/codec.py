@@ -60,7 +60,7 @@ _json = msgspec.json.Encoder()
 #: What msgspec and pydantic raise for data that cannot travel or does not fit.
 CANNOT = (msgspec.ValidationError, TypeError, ValueError, OverflowError, RecursionError)
 _unpack_builtin = msgspec.msgpack.Decoder(list[Event]).decode
-_unpack_own = msgspec.msgpack.Decoder(list[OwnEvent]).decode
+_unpack_own: Callable[[Any], list[Event]] = msgspec.msgpack.Decoder(list[OwnEvent]).decode  # type: ignore[assignment]  # twins
 _unpack_raw = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 _unpack_event = msgspec.msgpack.Decoder(OwnEvent).decode
 _type_of = attrgetter("type")
@@ -226,9 +226,7 @@ def batch_prefix(publisher: str) -> bytes:
 
 def seal_batch(prefix: bytes, epoch: int, first: int, count: int, events: bytearray) -> bytes:
     """Put header and encoded events of a live batch together."""
-    return b"".join(
-        (prefix, _TAIL.pack(epoch, first, count), _ARRAY32.pack(0xDD, count), events)
-    )
+    return b"".join((prefix, _TAIL.pack(epoch, first, count), _ARRAY32.pack(0xDD, count), events))
 
 
 def encode_json(event: Event, *, epoch: int | None = None, sequence: int | None = None) -> bytes:
@@ -325,7 +323,9 @@ def _decode_batch(topic: str, frame: bytes) -> Batch:
     events = memoryview(frame)[body:]
     member = declaration_of(topic).member
     try:
-        decoded = _unpack_builtin(events) if type(member) is EventType else _unpack_own(events)
+        decoded: list[Event] = (
+            _unpack_builtin(events) if type(member) is EventType else _unpack_own(events)
+        )
     except (msgspec.MsgspecError, RecursionError, ValueError):
         return _decode_one_by_one(batch, events)
     if len(decoded) != count:
@@ -385,7 +385,7 @@ def _accept(batch: Batch, raws: list[bytes]) -> Batch:
     for raw in raws:
         try:
             if len(raw) > MAX_EVENT_BYTES:
-                raise FrameError("too_large", f"{len(raw)} bytes, limit {MAX_EVENT_BYTES}")  # noqa: TRY301 - counted like the rest
+                raise FrameError("too_large", f"{len(raw)} bytes, limit {MAX_EVENT_BYTES}")
             event = _unpack_event(raw)
             _check_event(batch.topic, event, len(raw))
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:

@@ -81,7 +81,7 @@ class MessageBusConfig:
                 values[name] = _PARSERS[name](text.strip())
                 check, wanted = _RULES.get(name, (_anything, ""))
                 if not check(values[name]):
-                    raise ValueError(wanted)  # noqa: TRY301 - joins the parse errors
+                    raise ValueError(wanted)
             except ValueError as error:
                 problems.append(f"{variable}={_shown(name, text)!s}: {error}")
         problems += _unknown(source)
@@ -91,7 +91,9 @@ class MessageBusConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as plain data; secrets are masked."""
-        return {field.name: _masked(field.name, getattr(self, field.name)) for field in fields(self)}
+        return {
+            field.name: _masked(field.name, getattr(self, field.name)) for field in fields(self)
+        }
 
     def __repr__(self) -> str:
         """Show the settings; secrets are masked."""
@@ -199,7 +201,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def _unknown(source: Mapping[str, str]) -> list[str]:
     """Name variables that look like ours and are not: a typing error would be silent otherwise."""
-    import difflib  # noqa: PLC0415 - only needed when something is wrong
+    import difflib
 
     known = set(VARIABLES.values())
     problems = []

@@ -1,8 +1,8 @@
 """
 How an agent listens: `EventConsumer` receives frames, keeps the loss ledger, and runs handlers.
 
-One event, one path: frame -> decode -> gap check -> inbox lane -> slot -> handler -> settled. A slot
-is a task that runs handlers one after the other; there is no task per event.
+One event, one path: frame -> decode -> gap check -> inbox lane -> slot -> handler -> settled.
+A slot is a task that runs handlers one after the other; there is no task per event.
 """
 
 from __future__ import annotations
@@ -388,7 +388,7 @@ class EventConsumer:
             elif only is not None:
                 try:
                     await only.run(event)
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001 - sorted out in `_failed`
                     failed += 1
                     await self._failed(slot, only, event, error)
             else:
@@ -412,7 +412,7 @@ class EventConsumer:
             try:
                 await handler.run(mine)
                 handler.calls += 1
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - sorted out in `_failed`
                 await self._failed(slot, handler, mine, error)
 
     async def _failed(
@@ -435,7 +435,7 @@ class EventConsumer:
             attempt += 1
             try:
                 await handler.run(event)
-            except BaseException as again:
+            except BaseException as again:  # noqa: BLE001 - sorted out above
                 error = again
             else:
                 handler.calls += 1
@@ -540,4 +540,3 @@ def _reason(failure: BaseException) -> str:
     if isinstance(failure, TimeoutError):
         return "timeout"
     return "invalid" if isinstance(failure, PayloadError) else "failed"
-

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from mesh.errors import TopicError
 from mesh.topics import PRIVATE_PREFIX, check_topic
 
 _next_number = itertools.count(1).__next__
@@ -28,7 +29,7 @@ _prefix = f"{secrets.token_hex(6)}-"
 
 
 def _reseed() -> None:
-    global _prefix  # noqa: PLW0603 - a forked child must not repeat its parent's ids
+    global _prefix
     _prefix = f"{secrets.token_hex(6)}-"
 
 
@@ -55,7 +56,7 @@ class EventType(StrEnum):
     doc: str
     durable: bool
 
-    def __new__(cls, value: str, doc: str, durable: bool = False) -> EventType:  # noqa: FBT001, FBT002 - a table row
+    def __new__(cls, value: str, doc: str, durable: bool = False) -> EventType:
         """Make a member from its row in the table below."""
         member = str.__new__(cls, value)
         member._value_ = value
@@ -239,7 +240,9 @@ def event_type(
     """
     topic = check_topic(name)
     if topic.startswith(PRIVATE_PREFIX):
-        raise TopicError(f"{topic!r} starts with {PRIVATE_PREFIX!r}: such topics are the mesh's own")
+        raise TopicError(
+            f"{topic!r} starts with {PRIVATE_PREFIX!r}: such topics are the mesh's own"
+        )
     made = Declaration(topic=topic, member=name, durable=durable, schema=schema, doc=doc)
     known = _declarations.get(topic)
     if known is not None and _differs(known, made):

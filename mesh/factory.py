@@ -1,6 +1,4 @@
-"""
-Puts a bus together: the only place, besides the runtime, that chooses members.
-"""
+"""Puts a bus together: the only place, besides the runtime, that chooses members."""
 
 from __future__ import annotations
 
@@ -113,5 +111,7 @@ def _with(
         settings = {**settings, "broker_type": broker_type}
     unknown = settings.keys() - config.to_dict().keys()
     if unknown:
-        raise ConfigurationError([f"{name}={settings[name]!r}: no such setting" for name in sorted(unknown)])
+        raise ConfigurationError(
+            [f"{name}={settings[name]!r}: no such setting" for name in sorted(unknown)]
+        )
     return replace(config, **settings) if settings else config

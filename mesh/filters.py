@@ -71,7 +71,7 @@ def key(*keys: str) -> Filter:
     return Filter(lambda event: event.key in keys, f"key{keys}")
 
 
-class data:  # noqa: N801 - reads as a word: data("price") > 3
+class data:
     """
     A field of the payload, to be compared; dots go deeper: ``data("quote.bid") > 0``.
 
@@ -79,7 +79,7 @@ class data:  # noqa: N801 - reads as a word: data("price") > 3
     """
 
     __slots__ = ("_path",)
-    __hash__ = None  # type: ignore[assignment] - comparisons build filters
+    __hash__ = None  # type: ignore[assignment]  # comparisons build filters
 
     def __init__(self, path: str) -> None:
         """Name the field."""
@@ -93,11 +93,11 @@ class data:  # noqa: N801 - reads as a word: data("price") > 3
         """One of these values."""
         return Filter(lambda event: self._of(event) in values, f"{self!r}.is_in{values}")
 
-    def __eq__(self, value: object) -> Filter:  # type: ignore[override] - builds a filter
+    def __eq__(self, value: object) -> Filter:  # type: ignore[override]  # builds a filter
         """Equal."""
         return self._compare(operator.eq, value, "==")
 
-    def __ne__(self, value: object) -> Filter:  # type: ignore[override] - builds a filter
+    def __ne__(self, value: object) -> Filter:  # type: ignore[override]  # builds a filter
         """Different, and there."""
         return self._compare(operator.ne, value, "!=")
 

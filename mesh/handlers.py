@@ -137,7 +137,11 @@ def signature_of(func: Callable[..., Any], *, bound: bool = True) -> Shape:
     classes = [hints.get(each.name) for each in taken]
     if len(taken) == 1:
         only = classes[0]
-        return Shape(None, wants_event=True) if _is_event(only) else Shape(_schema(func, only), wants_event=False)
+        return (
+            Shape(None, wants_event=True)
+            if _is_event(only)
+            else Shape(_schema(func, only), wants_event=False)
+        )
     if not _is_event(classes[1]):
         raise _wrong(func, f"takes {taken[1].name!r} second, which must be the Event")
     if classes[0] is None:
@@ -296,7 +300,7 @@ class EventHandlerRegistry:
         for handler in handlers:
             try:
                 await handler.run(event if handler is first else own_copy(event))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the neighbours go on
                 handler.failed(error)
                 _log.exception(
                     "handler %s of %s failed on %s %s; the other handlers go on",
@@ -367,7 +371,9 @@ class EventHandlerRegistry:
 
 def own_copy(event: Event) -> Event:
     """Give a handler a payload of its own, so that none sees what its neighbour did to it."""
-    copied: Event = msgspec.structs.replace(event, data=msgspec.to_builtins(event.data, builtin_types=(bytes,)))
+    copied: Event = msgspec.structs.replace(
+        event, data=msgspec.to_builtins(event.data, builtin_types=(bytes,))
+    )
     return copied
 
 

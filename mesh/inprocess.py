@@ -155,9 +155,7 @@ class InProcessMesh:
 
     def views(self) -> dict[str, LedgerView]:
         """Give every agent's counters."""
-        return {
-            name: view_of(name, agent.context.ledger) for name, agent in self.agents.items()
-        }
+        return {name: view_of(name, agent.context.ledger) for name, agent in self.agents.items()}
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -191,5 +189,7 @@ def _named(agents: Sequence[type[Agent] | str | Path]) -> list[tuple[str, type[A
     names = [name for name, _ in named]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise ConfigurationError([f"agent name {name!r} is used twice; names are unique" for name in doubled])
+        raise ConfigurationError(
+            [f"agent name {name!r} is used twice; names are unique" for name in doubled]
+        )
     return named

@@ -1,4 +1,4 @@
-"""
+r"""
 Counters of one agent in a small memory-mapped file, so that they survive ``kill -9`` and anybody
 on the host can read them at any time without asking the agent.
 
@@ -11,7 +11,7 @@ Layout, little endian, one writer (the agent), any number of readers::
     0      header: magic u64, version u64, then the cells named in `HEADER`, then the histogram
     4096   records of 256 bytes: kind u8, key length u8, key (198 bytes), pad to 200, 7 cells u64
 
-Key of an OUT record: ``topic``. Key of an IN record: ``publisher\\0topic``. Of a COUNT: a reason.
+Key of an OUT record: ``topic``. Key of an IN record: ``publisher\0topic``. Of a COUNT: a reason.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import mmap
 import os
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mesh.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 MAGIC = 0x4C45_4749_4F4E_4C31
 VERSION = 1
@@ -162,7 +162,7 @@ class Ledger:
         self.cells[_HISTOGRAM_AT + min(bucket, len(BUCKETS) - 1)] += 1
 
     def published(self, topic: str) -> int:
-        """Tell how many events this agent's name has published on a topic, over all incarnations."""
+        """Tell how many events this agent's name has published on a topic, ever."""
         at = self._index.get((OUT, topic))
         return 0 if at is None else self.cells[at + OUT_SEQUENCE]
 
@@ -180,9 +180,7 @@ class Ledger:
 
     def lost(self) -> int:
         """Sum up what was lost on all links to this agent."""
-        return sum(
-            self.cells[at + IN_LOST] for (kind, _), at in self._index.items() if kind == IN
-        )
+        return sum(self.cells[at + IN_LOST] for (kind, _), at in self._index.items() if kind == IN)
 
     def snapshot(self) -> bytes:
         """Give the used part of the file as it stands."""

@@ -34,7 +34,7 @@ def say_once(logger: logging.Logger, key: str, message: str, *values: object) ->
 class _Line(logging.Formatter):
     """One line a record; newlines in a message cannot forge a second record."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
@@ -42,10 +42,12 @@ class _Line(logging.Formatter):
         record.message = record.getMessage().replace("\n", "\\n").replace("\r", "\\r")
         text = self.formatMessage(record)
         if record.exc_info:
-            text += "\n" + "\n".join(f"    {line}" for line in self.formatException(record.exc_info).splitlines())
+            text += "\n" + "\n".join(
+                f"    {line}" for line in self.formatException(record.exc_info).splitlines()
+            )
         return text
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+    def formatMessage(self, record: logging.LogRecord) -> str:
         record.asctime = self.formatTime(record)
         return super().formatMessage(record)
 
@@ -114,7 +116,11 @@ class LineFile:
     def _rotate(self) -> None:
         for number in range(_KEPT_FILES, 0, -1):
             older = self._path.with_name(f"{self._path.name}.{number}")
-            newer = self._path.with_name(f"{self._path.name}.{number - 1}") if number > 1 else self._path
+            newer = (
+                self._path.with_name(f"{self._path.name}.{number - 1}")
+                if number > 1
+                else self._path
+            )
             if newer.exists():
                 newer.replace(older)
 
@@ -151,9 +157,7 @@ def set_up_logging(agent: str, path: Path | None, level: str = "INFO") -> Callab
     """
     handler: logging.Handler = QueuedFile(path) if path is not None else logging.StreamHandler()
     escaped = agent.replace("%", "%%")
-    handler.setFormatter(
-        _Line(f"%(asctime)s %(levelname)s agent={escaped} %(name)s: %(message)s")
-    )
+    handler.setFormatter(_Line(f"%(asctime)s %(levelname)s agent={escaped} %(name)s: %(message)s"))
     root = logging.getLogger()
     root.setLevel(level)
     root.addHandler(handler)

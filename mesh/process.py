@@ -1,6 +1,4 @@
-"""
-What every process of a mesh does first: privacy, its one incarnation, its last words, its parent.
-"""
+"""What every process of a mesh does first: privacy, one incarnation, last words, its parent."""
 
 from __future__ import annotations
 
@@ -58,24 +56,22 @@ def keep_stacks(rundir: RunDir, name: str) -> None:
 
     faulthandler writes from C, so the stack of a blocked loop is kept as well.
     """
-    global _stacks  # noqa: PLW0603 - faulthandler needs the file to stay open
+    global _stacks
     _stacks = rundir.stack(name, os.getpid()).open("w")
     faulthandler.enable(_stacks, all_threads=True)
 
 
 def drop_empty_stacks() -> None:
     """Remove this process's stacks file when nothing was written to it: it ended well."""
-    global _stacks  # noqa: PLW0603
+    global _stacks
     if _stacks is None:
         return
     faulthandler.disable()
-    path, _stacks = _stacks.name, _close(_stacks)
+    path = _stacks.name
+    _stacks.close()
+    _stacks = None
     if os.path.getsize(path) == 0:
         os.unlink(path)
-
-
-def _close(file: IO[str]) -> None:
-    file.close()
 
 
 def only_incarnation(rundir: RunDir, name: str) -> Lock:

@@ -1,5 +1,5 @@
 """
-How an agent speaks: `EventPublisher` makes events, checks their payloads, and sends them in batches.
+How an agent speaks: `EventPublisher` makes events, checks their payloads, sends them in batches.
 
 Batches form by themselves: events of one loop turn and type travel in one frame, which leaves at
 the end of the turn, or at 64 events, or at 64 KiB. No timer is ever waited for.
@@ -153,7 +153,7 @@ class EventPublisher:
         data = out.encode(data)
         if parent is None:
             event = Event(
-                out.member,  # type: ignore[arg-type] - annotated for the decoder
+                out.member,
                 data,
                 self.agent_name,
                 now,
@@ -164,7 +164,7 @@ class EventPublisher:
             )
         else:
             event = Event(
-                out.member,  # type: ignore[arg-type] - annotated for the decoder
+                out.member,
                 data,
                 self.agent_name,
                 now,
@@ -433,7 +433,12 @@ class EventPublisher:
         identity = new_id()
         plain = msgspec.to_builtins(data) if not isinstance(data, dict) else data
         event = Event(
-            str(event_type), plain, self.agent_name, self._now(), correlation_id or identity, identity
+            str(event_type),
+            plain,
+            self.agent_name,
+            self._now(),
+            correlation_id or identity,
+            identity,
         )
         self.dead_letters.put_event(event, "unpublished", error, attempts=attempts)
         _log.error(

@@ -1,6 +1,4 @@
-"""
-Ask and be answered: a request is an event that names a private topic for its reply.
-"""
+"""Ask and be answered: a request is an event that names a private topic for its reply."""
 
 from __future__ import annotations
 

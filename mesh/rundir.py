@@ -96,7 +96,9 @@ class RunDir:
         except FileExistsError as error:
             raise RunDirError(f"MESH_DIR={self.path}: {error.filename} is no directory") from error
         except OSError as error:
-            raise RunDirError(f"MESH_DIR={self.path}: {error.strerror}: {error.filename}") from error
+            raise RunDirError(
+                f"MESH_DIR={self.path}: {error.strerror}: {error.filename}"
+            ) from error
         return self
 
     def socket(self, name: str) -> Path:
@@ -194,7 +196,9 @@ class RunDir:
     def _check_private(self) -> None:
         facts = self.path.lstat()
         if stat.S_ISLNK(facts.st_mode):
-            raise RunDirError(f"MESH_DIR={self.path}: is a symbolic link; name the directory itself")
+            raise RunDirError(
+                f"MESH_DIR={self.path}: is a symbolic link; name the directory itself"
+            )
         if not stat.S_ISDIR(facts.st_mode):
             raise RunDirError(f"MESH_DIR={self.path}: is no directory")
         if facts.st_uid != os.geteuid():
@@ -205,6 +209,5 @@ class RunDir:
         mode = stat.S_IMODE(facts.st_mode)
         if mode & 0o077:
             raise RunDirError(
-                f"MESH_DIR={self.path}: mode {mode:04o} lets others in;"
-                f" run `chmod 700 {self.path}`"
+                f"MESH_DIR={self.path}: mode {mode:04o} lets others in; run `chmod 700 {self.path}`"
             )

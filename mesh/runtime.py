@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _load(script: str) -> type[Agent]:
-    global _loading  # noqa: PLW0603 - tells `run` in the script that it is being imported
+    global _loading
     _loading = True
     try:
         return load_agent(script)
@@ -147,9 +147,7 @@ def run_launch(launch: Launch) -> int:
     """
     process.prepare(launch.rundir, launch.name, parent_bound=launch.parent_bound)
     lock = process.only_incarnation(launch.rundir, launch.name)
-    close_log = set_up_logging(
-        launch.name, launch.rundir.log(launch.name), launch.config.log_level
-    )
+    close_log = set_up_logging(launch.name, launch.rundir.log(launch.name), launch.config.log_level)
     try:
         return asyncio.run(_AgentProcess(launch, lock).main())
     except* ConfigurationError as group:
@@ -295,9 +293,7 @@ class _AgentProcess:
 
     def _write_card(self, state: str) -> None:
         launch = self._launch
-        says = sorted(
-            {key for key in self._ledger.topics_said() if not key.startswith("agent.")}
-        )
+        says = sorted({key for key in self._ledger.topics_said() if not key.startswith("agent.")})
         write_card(
             launch.rundir,
             Card(

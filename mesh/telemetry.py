@@ -68,10 +68,10 @@ def _configure_from_environment(agent_name: str) -> None:
     """
     if environment().get("OTEL_TRACES_EXPORTER") != "console":
         return
-    from opentelemetry import trace  # noqa: PLC0415
-    from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
-    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
-    from opentelemetry.sdk.trace.export import (  # noqa: PLC0415
+    from opentelemetry import trace
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import (
         ConsoleSpanExporter,
         SimpleSpanProcessor,
     )
@@ -81,7 +81,9 @@ def _configure_from_environment(agent_name: str) -> None:
     provider = TracerProvider(resource=Resource.create({"service.name": agent_name}))
     provider.add_span_processor(
         SimpleSpanProcessor(
-            ConsoleSpanExporter(out=sys.stdout, formatter=lambda span: span.to_json(indent=None) + "\n")
+            ConsoleSpanExporter(
+                out=sys.stdout, formatter=lambda span: span.to_json(indent=None) + "\n"
+            )
         )
     )
     trace.set_tracer_provider(provider)
@@ -89,8 +91,8 @@ def _configure_from_environment(agent_name: str) -> None:
 
 def trace_publish(agent_name: str) -> Middleware:
     """Make a producer span around each publish and write its context into the event."""
-    from opentelemetry import trace  # noqa: PLC0415 - optional
-    from opentelemetry.trace.propagation.tracecontext import (  # noqa: PLC0415
+    from opentelemetry import trace
+    from opentelemetry.trace.propagation.tracecontext import (
         TraceContextTextMapPropagator,
     )
 
@@ -113,8 +115,8 @@ def trace_publish(agent_name: str) -> Middleware:
 
 def trace_handler(agent_name: str) -> Middleware:
     """Make a consumer span around each handler, a child of the publisher's."""
-    from opentelemetry import trace  # noqa: PLC0415 - optional
-    from opentelemetry.trace.propagation.tracecontext import (  # noqa: PLC0415
+    from opentelemetry import trace
+    from opentelemetry.trace.propagation.tracecontext import (
         TraceContextTextMapPropagator,
     )
 

@@ -196,7 +196,8 @@ class Forwarder:
         return key[-1:] == DELIMITER and is_topic(key[:-1])
 
     def _count_peer(self, monitor: zmq.Socket[bytes]) -> None:
-        event = int.from_bytes(monitor.recv_multipart()[0][:2], sys.byteorder)
+        (head, *_) = monitor.recv_multipart()
+        event = int.from_bytes(bytes(head)[:2], sys.byteorder)
         self._peers += 1 if event == zmq.EVENT_ACCEPTED else -1
         self._lonely_since = time.monotonic()
 

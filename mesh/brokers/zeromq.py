@@ -306,7 +306,7 @@ def forwarder_lives(rundir: RunDir) -> bool:
 
 def _spawn_forwarder(rundir: RunDir) -> subprocess.Popen[bytes]:
     """Start a forwarder that leaves by itself when nobody is connected any more."""
-    import subprocess  # noqa: PLC0415 - agents of a running mesh never need it
+    import subprocess
 
     command = [sys.executable, "-m", "mesh.brokers.forwarder", "--adhoc", str(rundir.path)]
     return subprocess.Popen(  # noqa: S603 - our own module, no shell

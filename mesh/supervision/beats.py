@@ -70,7 +70,7 @@ class BeatListener:
             self._path.unlink(missing_ok=True)
 
     def open_gate(self, name: str) -> None:
-        """Tell an agent that its sources may speak; an absent agent asks again with its next beat."""
+        """Tell an agent that its sources may speak; an absent one asks again with its next beat."""
         if self._socket is None:
             return
         try:
@@ -108,4 +108,3 @@ def _sender(extra: list[tuple[int, int, bytes]]) -> int | None:
             pid, _, _ = _CREDENTIALS.unpack_from(content)
             return int(pid)
     return None
-
