@@ -1,0 +1,354 @@
+"""Start, stop and change a whole mesh: what `mesh up`, `down` and `reload` do, for programs."""
+
+from __future__ import annotations
+
+import asyncio
+import configparser
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mesh.errors import AlreadyRunningError, ConfigurationError, MeshError
+from mesh.ledger import account, read_ledgers
+from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+    from pathlib import Path
+
+    from mesh.rundir import RunDir
+
+INFRASTRUCTURE = ("forwarder", "monitor")
+_PROGRAM = "program:"
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+_LOOK_S = 0.1
+
+
+class BootError(MeshError):
+    """supervisord did not come up or did not go down; the message says what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramState:
+    """One program on its way to READY."""
+
+    name: str
+    #: starting, ready, or failed.
+    verdict: str
+    pid: int
+    #: The last line it printed, when it failed.
+    last_words: str = ""
+
+
+def programs_of(project: Path) -> list[str]:
+    """
+    List the programs of a project's supervisord.conf.
+
+    Raises:
+        ConfigurationError: There is none, or it cannot be read.
+    """
+    return [
+        name[len(_PROGRAM) :] for name in _read(project).sections() if name.startswith(_PROGRAM)
+    ]
+
+
+def script_of(project: Path, name: str) -> str | None:
+    """Give the script a program runs; None for the mesh's own programs."""
+    words = _read(project).get(_PROGRAM + name, "command", fallback="").split()
+    if "mesh.runtime" in words:
+        return words[words.index("mesh.runtime") + 1]
+    return None
+
+
+def render(project: Path, rundir: RunDir, agents: Collection[str] | None = None) -> Path:
+    """
+    Write the project's supervisord.conf for a run directory.
+
+    Args:
+        project: Where supervisord.conf is.
+        rundir: The mesh's directory.
+        agents: Only these agents; default all.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ConfigurationError: A program has a bad name, or an agent is not in the file.
+    """
+    parser = _read(project)
+    names = [name[len(_PROGRAM) :] for name in parser.sections() if name.startswith(_PROGRAM)]
+    problems = [f"[program:{name}]: no usable name" for name in names if not _NAME.fullmatch(name)]
+    problems += [
+        f"{name!r} is no program of {project / 'supervisord.conf'}; it has {', '.join(names)}"
+        for name in (agents or ())
+        if name not in names
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+    for name in names:
+        if agents is not None and name not in agents and name not in INFRASTRUCTURE:
+            parser.remove_section(_PROGRAM + name)
+    for section in parser.sections():
+        for key, value in parser.items(section):
+            parser.set(section, key, _translate(value, project, rundir))
+    if os.geteuid() == 0:
+        parser.set("supervisord", "user", "root")
+    path = rundir.path / "conf" / "supervisord.conf"
+    with path.open("w") as file:
+        parser.write(file)
+    return path
+
+
+async def up(
+    project: Path,
+    rundir: RunDir,
+    *,
+    params: Mapping[str, str] | None = None,
+    agents: Collection[str] | None = None,
+) -> int:
+    """
+    Start a mesh; returns supervisord's pid once it answers.
+
+    Args:
+        project: Where supervisord.conf and agents/ are.
+        rundir: The mesh's directory.
+        params: Parameters for the agents.
+        agents: Only these agents.
+
+    Raises:
+        AlreadyRunningError: A mesh runs in this directory; it is left alone.
+        BootError: supervisord does not come up.
+        ConfigurationError: The configuration cannot be used.
+    """
+    rundir.ensure()
+    client = SupervisorClient(rundir.socket("supervisor"))
+    with rundir.acquire(rundir.lock("mesh")):
+        if await client.is_up():
+            raise AlreadyRunningError(f"the mesh in {rundir.path}", await client.pid())
+        await _dismiss_adhoc_forwarder(rundir)
+        conf = render(project, rundir, agents)
+        _clear(rundir)
+        environment = {**os.environ, "MESH_DIR": str(rundir.path)}
+        environment |= {
+            f"MESH_PARAM_{name.upper()}": value for name, value in (params or {}).items()
+        }
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "supervisor.supervisord", "-n", "-c", str(conf)),
+            cwd=project,
+            env=environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        await _await_answer(client, child)
+        return child.pid
+
+
+async def wait_ready(
+    rundir: RunDir,
+    *,
+    timeout_s: float = 60.0,
+    on_change: Callable[[list[ProgramState]], None] | None = None,
+) -> list[ProgramState]:
+    """
+    Return when every program is READY or has failed.
+
+    Raises:
+        BootError: Some are neither after `timeout_s`.
+    """
+    client = SupervisorClient(rundir.socket("supervisor"))
+    give_up_s = time.monotonic() + timeout_s
+    before: list[ProgramState] = []
+    while True:
+        # Asking also wakes supervisord, whose own loop turns once a second
+        states = [program_state(rundir, each) for each in await client.processes()]
+        if states != before and on_change is not None:
+            on_change(states)
+        before = states
+        waiting = [state.name for state in states if state.verdict == "starting"]
+        if not waiting:
+            return states
+        if time.monotonic() > give_up_s:
+            raise BootError(f"not READY after {timeout_s:g} s: {', '.join(waiting)}")
+        await asyncio.sleep(_LOOK_S)
+
+
+def program_state(rundir: RunDir, program: ProcessInfo) -> ProgramState:
+    """Say how a program stands, from supervisord's and its own word."""
+    view = read_ledgers(rundir.ledgers).get(program.name)
+    if program.has_given_up:
+        return ProgramState(program.name, "failed", 0, last_words(rundir, program))
+    mine = view is not None and view.pid == program.pid
+    ready = mine and view is not None and view.state == "ready"
+    return ProgramState(program.name, "ready" if ready else "starting", program.pid)
+
+
+def last_words(rundir: RunDir, program: ProcessInfo) -> str:
+    """Give the last line a failed program printed, or what supervisord says of it."""
+    with contextlib.suppress(OSError):
+        text = rundir.output(program.name).read_text(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if lines:
+            return lines[-1]
+    if program.spawn_error:
+        return program.spawn_error
+    return f"ended at once with exit code {program.exit_status}, without a word"
+
+
+async def down(rundir: RunDir, *, timeout_s: float = 30.0) -> None:
+    """
+    Stop a mesh: sources first, the others when nothing is under way, supervisord last.
+
+    Raises:
+        SupervisorUnavailableError: No mesh runs here.
+        BootError: supervisord did not end in time.
+    """
+    client = SupervisorClient(rundir.socket("supervisor"))
+    pid = await client.pid()
+    names = [each.name for each in await client.processes() if not each.has_given_up]
+    views = read_ledgers(rundir.ledgers)
+    sources = [name for name in names if name in views and views[name].sources != "none"]
+    await _stop_all(client, sources)
+    await _settle(rundir)
+    await _stop_all(client, [n for n in names if n not in sources and n not in INFRASTRUCTURE])
+    await _stop_all(client, [name for name in names if name in INFRASTRUCTURE])
+    await client.shutdown()
+    await _await_end(pid, timeout_s)
+
+
+async def reload(project: Path, rundir: RunDir) -> tuple[list[str], list[str], list[str]]:
+    """
+    Take up what changed in supervisord.conf; nobody else's process is touched.
+
+    Returns:
+        The programs that were added, restarted and removed.
+    """
+    client = SupervisorClient(rundir.socket("supervisor"))
+    rendered = rundir.path / "conf" / "supervisord.conf"
+    if rendered.exists():
+        render(project, rundir)
+    added, changed, removed = await client.reload()
+    for name in (*changed, *removed):
+        await client.stop(name)
+        await client.remove(name)
+    for name in (*added, *changed):
+        await client.add(name)
+    return added, changed, removed
+
+
+async def restart(rundir: RunDir, names: Collection[str]) -> None:
+    """Stop programs and start them anew."""
+    client = SupervisorClient(rundir.socket("supervisor"))
+    await _stop_all(client, list(names))
+    for name in names:
+        await client.start(name)
+
+
+async def _stop_all(client: SupervisorClient, names: list[str]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for name in names:
+            tasks.create_task(client.stop(name), name=f"stop-{name}")
+
+
+async def _settle(rundir: RunDir, patience_s: float = 1.0) -> None:
+    """Return when nothing is under way, or nothing has moved for a while."""
+    seen, since_s = -1, time.monotonic()
+    while True:
+        under_way = account(read_ledgers(rundir.ledgers)).in_flight
+        now_s = time.monotonic()
+        if under_way != seen:
+            seen, since_s = under_way, now_s
+        if under_way == 0 or now_s - since_s > patience_s:
+            return
+        await asyncio.sleep(0.02)
+
+
+async def _await_answer(client: SupervisorClient, child: asyncio.subprocess.Process) -> None:
+    for _ in range(200):
+        if await client.is_up():
+            return
+        if child.returncode is not None:
+            break
+        await asyncio.sleep(0.05)
+    assert child.stderr is not None
+    words = (await child.stderr.read(4096)).decode(errors="replace").strip()
+    raise BootError(f"supervisord did not start: {words or 'no answer on its socket'}")
+
+
+async def _await_end(pid: int, timeout_s: float) -> None:
+    give_up_s = time.monotonic() + timeout_s
+    while _lives(pid):
+        if time.monotonic() > give_up_s:
+            raise BootError(f"supervisord (pid {pid}) did not end within {timeout_s:g} s")
+        await asyncio.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def _dismiss_adhoc_forwarder(rundir: RunDir) -> None:
+    """Ask the forwarder of a plain script to make room for the supervised one."""
+    path = rundir.lock("forwarder")
+    pid = rundir.holder(path)
+    if not pid:
+        return
+    if rundir.note(path) != "adhoc":
+        raise AlreadyRunningError(f"the forwarder in {rundir.path}", pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    for _ in range(100):
+        if rundir.holder(path) is None:
+            return
+        await asyncio.sleep(0.05)
+    raise BootError(f"the ad-hoc forwarder (pid {pid}) in {rundir.path} does not leave")
+
+
+def _clear(rundir: RunDir) -> None:
+    """Begin a new account: nothing lives in the directory now."""
+    for folder in ("ledger", "agents"):
+        for path in (rundir.path / folder).iterdir():
+            path.unlink(missing_ok=True)
+    for path in (rundir.path / "run").glob("*.sock*"):
+        path.unlink(missing_ok=True)
+    for path in (rundir.path / "log").glob("*.out*"):
+        path.unlink(missing_ok=True)
+
+
+def _read(project: Path) -> configparser.RawConfigParser:
+    path = project / "supervisord.conf"
+    parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
+    try:
+        with path.open() as file:
+            parser.read_file(file)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path}: {error.strerror}; run this in a project that has one"
+        ) from error
+    except configparser.Error as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    return parser
+
+
+def _translate(value: str, project: Path, rundir: RunDir) -> str:
+    """Put real paths where the file says ``%(here)s``."""
+    for pattern, path in (
+        ("%(here)s/.venv/bin/python", sys.executable),
+        ("%(here)s/.mesh", str(rundir.path)),
+        ("%(here)s", str(project.absolute())),
+    ):
+        value = value.replace(pattern, path.replace("%", "%%"))
+    return value

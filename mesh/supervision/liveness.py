@@ -1,0 +1,146 @@
+"""
+Decides from heartbeats who hangs and who may be killed for it. Pure: time is an argument.
+
+Two steps: `judge` looks at one agent, `choose` at the whole fleet, because silence of many at once
+has another cause (a suspended machine, a stopped monitor, a busy CPU) than silence of one.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+
+class Verdict(enum.StrEnum):
+    """How an agent is doing."""
+
+    ABSENT = "absent"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    SUSPECT = "suspect"
+    HUNG = "hung"
+    STUCK = "stuck"
+    #: Silent, and nothing may be done about it: debugged, or in uninterruptible sleep.
+    EXEMPT = "exempt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LivenessConfig:
+    """When silence becomes a verdict; all in seconds."""
+
+    suspect_s: float = 3.0
+    hung_s: float = 10.0
+    boot_s: float = 30.0
+    drain_s: float = 12.0
+    #: A fresh monitor watches for so long before it kills.
+    observe_s: float = 5.0
+    #: When many fall silent at once: so many times the limit, and one kill every `spread_s`.
+    mass_factor: float = 3.0
+    spread_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Refuse limits in the wrong order."""
+        if not 0 < self.suspect_s < self.hung_s:
+            raise ValueError(
+                f"hung_s must be above suspect_s, were {self.hung_s:g} and {self.suspect_s:g}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """What the monitor knows of one agent; all moments on its own monotonic clock."""
+
+    pid: int
+    #: When this pid was first seen; also when deadlines began anew after the monitor overslept.
+    since_s: float
+    #: The last beat of this very pid; None: none yet.
+    beat_s: float | None = None
+    state: str = "starting"
+    needs_restart: bool = False
+    #: From /proc: R, S, D, T, t or Z.
+    process_state: str = "S"
+    traced: bool = False
+
+
+def judge(seen: Sighting, *, now_s: float, config: LivenessConfig) -> Verdict:
+    """
+    Say how one agent is doing.
+
+    Args:
+        seen: The last facts about it.
+        now_s: The same clock as `seen`.
+        config: The limits.
+    """
+    if not seen.pid:
+        return Verdict.ABSENT
+    silent_s = silence_s(seen, now_s)
+    verdict = _by_silence(seen, silent_s, config)
+    helpless = seen.traced or seen.process_state == "D"
+    if helpless and verdict in (Verdict.HUNG, Verdict.STUCK, Verdict.SUSPECT):
+        return Verdict.EXEMPT
+    return verdict
+
+
+def silence_s(seen: Sighting, now_s: float) -> float:
+    """Give the seconds since an agent was last heard, or could have been."""
+    heard_s = seen.since_s if seen.beat_s is None else max(seen.beat_s, seen.since_s)
+    return now_s - heard_s
+
+
+def _by_silence(seen: Sighting, silent_s: float, config: LivenessConfig) -> Verdict:
+    if seen.beat_s is None or seen.state == "starting":
+        return Verdict.STARTING if silent_s <= config.boot_s else Verdict.HUNG
+    if seen.state in ("draining", "stopped"):
+        return Verdict.DRAINING if silent_s <= config.drain_s else Verdict.HUNG
+    if silent_s > config.hung_s:
+        return Verdict.HUNG
+    if silent_s > config.suspect_s:
+        return Verdict.SUSPECT
+    return Verdict.STUCK if seen.needs_restart else Verdict.READY
+
+
+def choose(
+    sightings: Mapping[str, Sighting],
+    *,
+    now_s: float,
+    observing_since_s: float,
+    last_kill_s: float,
+    condemned: Collection[int],
+    config: LivenessConfig,
+) -> list[str]:
+    """
+    Name the agents to be killed now.
+
+    Args:
+        sightings: What is known, by agent.
+        now_s: The monitor's clock.
+        observing_since_s: When the monitor began, or began anew, to watch.
+        last_kill_s: When it killed last.
+        condemned: Pids that are being killed already: nobody is killed twice.
+        config: The limits.
+    """
+    if now_s - observing_since_s < config.observe_s:
+        return []
+    verdicts = {name: judge(seen, now_s=now_s, config=config) for name, seen in sightings.items()}
+    wanted = [
+        name
+        for name, verdict in verdicts.items()
+        if verdict in (Verdict.HUNG, Verdict.STUCK) and sightings[name].pid not in condemned
+    ]
+    if not is_mass_stall(verdicts):
+        return wanted
+    limit_s = config.hung_s * config.mass_factor
+    patient = [name for name in wanted if silence_s(sightings[name], now_s) > limit_s]
+    return patient[:1] if now_s - last_kill_s >= config.spread_s else []
+
+
+def is_mass_stall(verdicts: Mapping[str, Verdict]) -> bool:
+    """Say whether so many are silent at once that the cause must lie elsewhere."""
+    present = [verdict for verdict in verdicts.values() if verdict is not Verdict.ABSENT]
+    silent = sum(verdict in (Verdict.SUSPECT, Verdict.HUNG) for verdict in present)
+    return silent >= max(2, (len(present) + 1) // 2)
