@@ -1,0 +1,1 @@
+"""The LEGION pipeline: market data -> features -> signals -> risk -> execution -> portfolio."""

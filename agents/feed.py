@@ -1,0 +1,188 @@
+"""
+Read market data from CSV files of ticks (timestamp, bid, ask) or bars (timestamp, open, high, low,
+close, volume), with or without a header, however they were written.
+
+A row that cannot be used is reported with its line number and skipped; the file is never held in
+memory as a whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from mesh import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+#: A bar has no quotes: bid and ask are put so far below and above its close (1 basis point).
+BAR_HALF_SPREAD = 0.0001
+
+_TIME_NAMES = ("timestamp", "time", "datetime", "date", "ts", "open_time")
+_TICK = ("bid", "ask")
+_BAR = ("open", "high", "low", "close")
+_DELIMITERS = ",;\t|"
+#: Seconds, milliseconds, microseconds, nanoseconds since 1970, told apart by size.
+_EPOCH_UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (1e20, 1e9))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One usable row."""
+
+    line: int
+    time: datetime
+    bid: float
+    ask: float
+
+
+@dataclass(slots=True)
+class Feed:
+    """
+    A CSV file of market data.
+
+    Args:
+        path: The file.
+    """
+
+    path: Path
+    bad_rows: int = 0
+    #: The first of them, in words.
+    examples: list[str] = field(default_factory=list)
+    _columns: dict[str, int] = field(default_factory=dict)
+    _dialect: str = ","
+    _has_header: bool = False
+
+    MAX_EXAMPLES = 20
+
+    def check(self) -> None:
+        """
+        Look at the start of the file.
+
+        Raises:
+            ConfigurationError: It is missing, empty, or its columns are unknown.
+        """
+        try:
+            with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+                first = next((line for line in file if line.strip()), None)
+        except OSError as error:
+            raise ConfigurationError(f"csv={self.path}: {error.strerror}") from error
+        if first is None:
+            raise ConfigurationError(f"csv={self.path}: the file is empty")
+        self._dialect = max(_DELIMITERS, key=first.count)
+        cells = [
+            cell.strip().lower() for cell in next(csv.reader([first], delimiter=self._dialect))
+        ]
+        self._has_header = any(cell in (*_TIME_NAMES, *_TICK, *_BAR) for cell in cells)
+        self._columns = self._by_header(cells) if self._has_header else self._by_count(cells)
+        if not any(True for _ in self.rows()):
+            example = f"; {self.examples[0]}" if self.examples else ""
+            raise ConfigurationError(f"csv={self.path}: no usable row{example}")
+        self.bad_rows, self.examples = 0, []
+
+    def rows(self) -> Iterator[Row]:
+        """Give the usable rows, in order; the others are counted."""
+        with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            reader = csv.reader(file, delimiter=self._dialect)
+            skip_header = self._has_header
+            while True:
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    self._complain(reader.line_num, str(error))
+                    continue
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if skip_header:
+                    skip_header = False
+                    continue
+                try:
+                    yield self._row(reader.line_num, cells)
+                except ValueError as error:
+                    self._complain(reader.line_num, str(error))
+
+    def _by_header(self, cells: list[str]) -> dict[str, int]:
+        columns = {name: index for index, name in enumerate(cells)}
+        time = next((name for name in _TIME_NAMES if name in columns), None)
+        for wanted in (_TICK, _BAR):
+            if time is not None and all(name in columns for name in wanted):
+                return {"time": columns[time], **{name: columns[name] for name in wanted}}
+        raise ConfigurationError(
+            f"csv={self.path}: columns {', '.join(cells)} are neither ticks (timestamp,bid,ask)"
+            " nor bars (timestamp,open,high,low,close,volume)"
+        )
+
+    def _by_count(self, cells: list[str]) -> dict[str, int]:
+        names = {3: _TICK, 5: _BAR, 6: _BAR}.get(len(cells))
+        if names is None:
+            raise ConfigurationError(
+                f"csv={self.path}: {len(cells)} columns without a header; ticks have 3"
+                " (timestamp,bid,ask), bars have 6 (timestamp,open,high,low,close,volume)"
+            )
+        return {"time": 0, **{name: index for index, name in enumerate(names, 1)}}
+
+    def _row(self, line: int, cells: list[str]) -> Row:
+        columns = self._columns
+        if len(cells) <= max(columns.values()):
+            raise ValueError(f"{len(cells)} columns")
+        time = parse_time(cells[columns["time"]])
+        if "bid" in columns:
+            bid = _price("bid", cells[columns["bid"]])
+            ask = _price("ask", cells[columns["ask"]])
+            if bid > ask:
+                raise ValueError(f"bid {bid:g} above ask {ask:g}")
+            return Row(line, time, bid, ask)
+        low, high = (_price(name, cells[columns[name]]) for name in ("low", "high"))
+        _price("open", cells[columns["open"]])
+        close = _price("close", cells[columns["close"]])
+        if high < low:
+            raise ValueError(f"high {high:g} below low {low:g}")
+        return Row(line, time, close * (1 - BAR_HALF_SPREAD), close * (1 + BAR_HALF_SPREAD))
+
+    def _complain(self, line: int, why: str) -> None:
+        self.bad_rows += 1
+        if len(self.examples) < self.MAX_EXAMPLES:
+            self.examples.append(f"line {line}: {why}")
+
+
+def parse_time(text: str) -> datetime:
+    """
+    Read a moment: ISO 8601 with or without zone (then UTC), or seconds, ms, us, ns since 1970.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    text = text.strip()
+    try:
+        number = float(text)
+    except ValueError:
+        moment = _iso(text)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    for bound, unit in _EPOCH_UNITS:
+        if 0 < number < bound:
+            return datetime.fromtimestamp(number / unit, UTC)
+    raise ValueError(f"time {text!r} is no moment")
+
+
+def _iso(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"time {text!r} is no moment") from None
+
+
+def _price(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{name} {text!r} is no number") from None
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} {text.strip()} is no price")
+    return value

@@ -1,0 +1,46 @@
+"""
+Turns features into wishes: long when the fast mean is above the slow one, short when below.
+
+A signal is said only when the wish changes. The band of ``band`` volatilities around the slow mean
+keeps it from flickering.
+"""
+
+from __future__ import annotations
+
+from agents.payloads import Features, Signal
+from agents.settings import Settings
+from mesh import Agent, Event, EventType, HandlerPriority, on, run
+
+
+class Signals(Agent):
+    """Hears features, says signals."""
+
+    async def setup(self) -> None:
+        settings = Settings(self.params)
+        self.band = settings.number("band", 0.5, 0, 1000)
+        settings.check()
+        self.target = 0
+
+    @on(EventType.FEATURES_COMPUTED, priority=HandlerPriority.HIGH)
+    async def on_features(self, features: Features, event: Event) -> None:
+        signal = self.decide(features)
+        if signal is not None:
+            await self.publish(EventType.SIGNAL_GENERATED, signal, key=event.key)
+
+    def decide(self, features: Features) -> Signal | None:
+        """Give a signal when the wish changes."""
+        if features.fast_mean is None or features.slow_mean is None or features.volatility is None:
+            return None
+        distance = features.fast_mean - features.slow_mean
+        band = self.band * features.volatility * features.slow_mean
+        if abs(distance) <= band:
+            return None
+        target = 1 if distance > 0 else -1
+        if target == self.target:
+            return None
+        self.target = target
+        return Signal(features.quote, target, distance)
+
+
+if __name__ == "__main__":
+    run(Signals)
