@@ -321,3 +321,8 @@ def _spawn_forwarder(rundir: RunDir) -> subprocess.Popen[bytes]:
 def _let_go(process: subprocess.Popen[bytes]) -> None:
     """It outlives us on purpose; keep the interpreter from warning about it."""
     process.returncode = 0
+
+
+def library_version() -> str:
+    """Give the version of the ZeroMQ library itself."""
+    return zmq.zmq_version()

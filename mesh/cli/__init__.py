@@ -1,0 +1,1 @@
+"""The command `mesh`: one file a group of commands; click parses, rich draws."""
