@@ -177,7 +177,7 @@ class ZeroMQMessageBroker(MessageBroker):
             return
 
     def _read_subscriptions(self) -> None:
-        while True:
+        while self._context is not None:
             try:
                 message = self._publisher.recv(zmq.NOBLOCK)
             except zmq.Again:
