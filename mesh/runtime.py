@@ -83,7 +83,7 @@ def run(kind: type[Agent]) -> None:
     if _loading:
         return
     script = sys.argv[0] or kind.__module__
-    sys.exit(_guarded(lambda: _start(kind, script, None)))
+    sys.exit(guarded(lambda: _start(kind, script, None)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("script", help="a Python file with one Agent class")
     parser.add_argument("--name", help="the agent's name (default: MESH_AGENT, or the file's name)")
     options = parser.parse_args(argv)
-    return _guarded(lambda: _start(_load(options.script), options.script, options.name))
+    return guarded(lambda: _start(_load(options.script), options.script, options.name))
 
 
 def _load(script: str) -> type[Agent]:
@@ -106,7 +106,7 @@ def _load(script: str) -> type[Agent]:
         _loading = False
 
 
-def _guarded(start: Callable[[], int]) -> int:
+def guarded(start: Callable[[], int]) -> int:
     """Turn what stops a process into an exit code and words on stderr."""
     try:
         return start()

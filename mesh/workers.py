@@ -14,13 +14,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 import traceback
 from multiprocessing.managers import SyncManager
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import aiomultiprocess
-import aiomultiprocess.core
+import aiomultiprocess  # type: ignore[import-untyped]
+import aiomultiprocess.core  # type: ignore[import-untyped]
 
 from mesh.process import die_with_parent
 
@@ -133,8 +134,37 @@ def ensure_manager() -> None:
         aiomultiprocess.core._manager = manager
 
 
+def start_process(main: Callable[..., int], *args: Any, name: str) -> aiomultiprocess.Process:
+    """
+    Start a process that dies with us and ends with the exit code that `main` returns.
+
+    Args:
+        main: A module-level function; it brings an event loop of its own if it needs one.
+        args: Plain data; it travels to the other process.
+        name: Shown by the operating system's tools for multiprocessing.
+    """
+    ensure_manager()
+    process = aiomultiprocess.Process(
+        args=(main, os.getpid(), *args), name=name, process_target=_run_main
+    )
+    process.start()
+    return process
+
+
+def sentinel_of(process: aiomultiprocess.Process) -> int:
+    """Give the descriptor that becomes readable when a process ends."""
+    sentinel: int = process.aio_process.sentinel
+    return sentinel
+
+
+def _run_main(unit: Any) -> None:
+    main, parent, *args = unit.args
+    die_with_parent(parent)
+    sys.exit(main(*args))
+
+
 async def _run_packed(packed: bytes) -> tuple[bool, Any, str]:
-    """Run in the worker: everything comes back as data, so that no error type is lost on the way."""
+    """Run in the worker: everything comes back as data, so that no error is lost on the way."""
     try:
         func, args = ForkingPickler.loads(packed)
         return True, func(*args), ""

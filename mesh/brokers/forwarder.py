@@ -15,6 +15,7 @@ import argparse
 import logging
 import os
 import signal
+import struct
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -125,7 +126,7 @@ class Forwarder:
     def _watch(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
         return socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
 
-    def _serve(self, socket: zmq.Socket[bytes] | int) -> None:
+    def _serve(self, socket: object) -> None:
         if socket is self._in:
             self._forward_frames()
         elif socket is self._out:
@@ -133,8 +134,7 @@ class Forwarder:
         elif socket == self._wake:
             os.read(self._wake, 4096)
         else:
-            assert isinstance(socket, zmq.Socket)
-            self._count_peer(socket)
+            self._count_peer(next(each for each in self._monitors if each is socket))
 
     def _forward_frames(self) -> None:
         receive, send, topics = self._in.recv, self._out.send, self._topics
@@ -196,8 +196,10 @@ class Forwarder:
         return key[-1:] == DELIMITER and is_topic(key[:-1])
 
     def _count_peer(self, monitor: zmq.Socket[bytes]) -> None:
-        (head, *_) = monitor.recv_multipart()
-        event = int.from_bytes(bytes(head)[:2], sys.byteorder)
+        head: bytes = monitor.recv()
+        while monitor.get(zmq.RCVMORE):
+            monitor.recv()
+        (event,) = struct.unpack_from("H", head)
         self._peers += 1 if event == zmq.EVENT_ACCEPTED else -1
         self._lonely_since = time.monotonic()
 

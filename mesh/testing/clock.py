@@ -48,9 +48,7 @@ class FakeClock:
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # The number keeps those of one moment in the order in which they came
-        heapq.heappush(
-            self._sleepers, (self._elapsed_s + delay_s, next(self._numbers), waiter)
-        )
+        heapq.heappush(self._sleepers, (self._elapsed_s + delay_s, next(self._numbers), waiter))
         self._came.set()
         await waiter
 

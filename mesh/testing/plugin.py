@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def agent_harness() -> type[AgentHarness[Any]]:
-    """Give the class of harnesses; use: ``async with agent_harness(MyAgent) as h``."""
+    """Give the class of harnesses; put an agent's class into it."""
     from mesh.testing.harness import AgentHarness
 
     return AgentHarness
@@ -39,7 +39,7 @@ def fake_clock() -> FakeClock:
 
 @pytest.fixture
 def memory_mesh() -> type[InProcessMesh]:
-    """Give the class of meshes in memory; use: ``async with memory_mesh([A, B]) as mesh``."""
+    """Give the class of meshes in memory; put agents into it."""
     from mesh.inprocess import InProcessMesh
 
     return InProcessMesh

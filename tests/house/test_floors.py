@@ -10,7 +10,7 @@ from tests.plumbing.sources import files_under, imports_of, modules_of_mesh, nam
 # `package.*` stands for a package and all in it, whose modules may know each other.
 FLOORS: list[tuple[str, list[set[str]]]] = [
     ("12 faces", [{"cli.*", "dashboard.*", "testing.*"}]),
-    ("11 process", [{"runtime", "launch", "inprocess"}, {"card", "loading"}]),
+    ("11 process", [{"launch"}, {"runtime", "inprocess"}, {"card", "loading"}]),
     ("10 agent", [{"agent"}]),
     ("9 supervision", [{"supervision.*"}]),
     ("8 assembly", [{"factory"}]),
@@ -36,6 +36,9 @@ WINDOW = "mesh"
 # The contract's `from mesh.broker import RedisMessageBroker` is answered by loading the member when
 # somebody asks; the contract itself knows none
 LAZY = {"mesh.broker": ("mesh.brokers.",)}
+
+# Modules of agents/ that hold no agent
+NO_AGENTS = {"agents", "feed", "payloads", "settings"}
 
 DOORS = {
     "aiomultiprocess": {"workers"},
@@ -85,13 +88,13 @@ def test_each_package_has_one_door() -> None:
 
 
 def test_agents_do_not_know_each_other() -> None:
-    """What they share are the payloads."""
+    """What they share are the payloads, and tools that are no agents."""
     agents = {name_of(file).removeprefix("agents.") for file in files_under("agents")}
     wrong = []
     for file in files_under("agents"):
         for found in imports_of(file):
             words = found.target.removeprefix("agents.").split(".")
-            if words[0] in agents - {"payloads"}:
+            if words[0] in agents - NO_AGENTS:
                 wrong.append(f"{file.name}:{found.line}: imports {found.target}")
             elif _is_foreign(words[0]) and words[0] not in agents | {"msgspec", "agents"}:
                 wrong.append(f"{file.name}:{found.line}: imports {found.target}")
