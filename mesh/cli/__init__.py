@@ -1,1 +1,1 @@
-"""The command `mesh`: one file a group of commands; click parses, rich draws."""
+"""The command `mesh`: what people start, watch and change a mesh with."""

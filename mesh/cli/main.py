@@ -1,115 +1,124 @@
 """
-The entry point: the group of commands, and the turning of errors into words and exit codes.
+The entry point `mesh`: a group whose commands load when they are called.
 
-Commands load when they are called, so that `mesh --help` is quick.
+`mesh --help` imports none of them, so it answers at once.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mesh.errors import (
-    EXIT_BUG,
-    EXIT_CONFIGURATION,
-    EXIT_LOCKED,
-    AlreadyRunningError,
-    ConfigurationError,
-    MeshError,
-)
+from mesh.cli import say
+from mesh.cli.exits import EXIT_INTERRUPTED, MEANINGS, code_of
+from mesh.errors import ConfigurationError, MeshError
 
-_COMMANDS = {
-    "agents": "look",
-    "doctor": "doctor",
-    "down": "life",
-    "logs": "logs",
-    "new": "new",
-    "publish": "talk",
-    "reload": "life",
-    "restart": "life",
-    "run": "replay",
-    "status": "look",
-    "tail": "talk",
-    "up": "life",
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Command: module, what for.
+COMMANDS = {
+    "run": ("run", "Run the pipeline on a CSV file or an invented market; print the report."),
+    "up": ("up", "Start every agent of supervisord.conf as a supervised process."),
+    "down": ("up", "Stop the mesh, losing nothing that is under way."),
+    "status": ("status", "Show how every agent is doing, and what was lost."),
+    "restart": ("change", "Restart single agents."),
+    "reload": ("change", "Take up what changed in supervisord.conf; start only what is new."),
+    "logs": ("logs", "Show and follow the agents' logs."),
+    "tail": ("tail", "Listen to events as they happen."),
+    "publish": ("publish", "Say an event."),
+    "agents": ("agents", "Show who hears and says what."),
+    "new": ("new", "Write a new agent: script, test, and its place in supervisord.conf."),
+    "doctor": ("doctor", "Check the environment, the run directory and the running mesh."),
 }
 
-_EPILOG = """
-\b
-Exit codes: 0 all is well; 1 something is wrong, see the words; 2 wrong usage;
-3 no mesh runs here; 70 an agent failed; 75 somebody else holds the directory;
-78 configuration.
-"""
 
-
-class _Lazy(click.Group):
-    """A group that imports a command's module when it is asked for."""
+class MeshGroup(click.Group):
+    """Loads commands by name, and turns errors into words and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_COMMANDS)
+        """List the commands in the order in which they are learnt."""
+        return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in _COMMANDS:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Load a command."""
+        if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"mesh.cli.{_COMMANDS[name]}")
-        command: click.Command = getattr(module, name)
+        module = importlib.import_module(f"mesh.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command; for an unknown one, say which is meant."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
 
-@click.group(cls=_Lazy, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--dir",
-    "directory",
-    metavar="DIR",
-    help="The mesh's run directory (default: MESH_DIR, else .mesh here).",
+            close = difflib.get_close_matches(args[0], COMMANDS, 1)
+            hint = f"; did you mean `mesh {close[0]}`?" if close else "; see `mesh --help`"
+            ctx.fail(f"no such command {say.clean(args[0])!r}{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without loading them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, words) for name, (_, words) in COMMANDS.items()])
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), words) for code, words in MEANINGS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; an error of the mesh becomes words on stderr and its exit code."""
+        error: MeshError | None = None
+        try:
+            return super().invoke(ctx)
+        except* MeshError as group:
+            error = _leaf(group)
+        except* KeyboardInterrupt:
+            pass
+        # Not above: what is raised in `except*` comes out wrapped
+        if error is None:
+            ctx.exit(EXIT_INTERRUPTED)
+        for problem in error.problems if isinstance(error, ConfigurationError) else [str(error)]:
+            say.note(problem, "red")
+        ctx.exit(code_of(error))
+
+
+@click.group(
+    cls=MeshGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Every command teaches itself: mesh COMMAND --help",
 )
-@click.version_option(package_name="legion-mesh")
-def cli(directory: str | None) -> None:
-    r"""
-    Run a mesh of agents: each a process, supervised, joined by typed events.
+@click.version_option(package_name="legion-mesh", prog_name="mesh")
+def cli() -> None:
+    """
+    A mesh of agents: each its own supervised process, joined by typed events.
 
     \b
-    mesh up -d            start all agents of ./supervisord.conf
-    mesh status           how they are
-    mesh tail             what they say
-    mesh down             stop them
-    """
-    if directory is not None:
-        # Everything below, and every process started from here, reads this one variable
-        os.environ["MESH_DIR"] = os.path.abspath(directory)
+    Example:
+      mesh up -d           start the agents of ./supervisord.conf
+      mesh status          see how they are
+      mesh tail            listen to what they say
+      mesh new hello       write another one
+      mesh reload          let it join
+      mesh down            stop them all
+    """  # noqa: D301 - click's mark for lines it must not wrap
 
 
-def main() -> None:
-    """Run the command line; exits with the code described in `mesh --help`."""
-    try:
-        code = cli.main(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except ConfigurationError as error:
-        _fail(EXIT_CONFIGURATION, *error.problems)
-    except AlreadyRunningError as error:
-        _fail(EXIT_LOCKED, str(error))
-    except MeshError as error:
-        _fail(getattr(error, "exit_code", 1), str(error))
-    except BrokenPipeError:
-        # The reader of our pipe has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_BUG)
-    sys.exit(code if isinstance(code, int) else 0)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits."""
+    cli.main(args=list(arguments) if arguments is not None else None, prog_name="mesh")
 
 
-def _fail(code: int, *lines: str) -> None:
-    for line in lines:
-        click.echo(f"mesh: {line}", err=True)
-    sys.exit(code)
+def _leaf(error: BaseException) -> MeshError:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, MeshError)
+    return error
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""`mesh restart` and `mesh reload`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from mesh.cli import say
+from mesh.cli.exits import EXIT_WRONG
+from mesh.cli.place import Place, directory_option
+from mesh.cli.starting import ready, tell_failures
+from mesh.supervision import boot
+from mesh.supervision.supervisord import SupervisorClient
+
+if TYPE_CHECKING:
+    from mesh.rundir import RunDir
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@directory_option
+def restart(names: tuple[str, ...], directory: str | None) -> None:
+    """
+    Restart single agents; returns when they are READY again.
+
+    Each drains before it ends, and goes on counting where it stopped.
+
+    \b
+    Example:
+      mesh restart features risk
+    """  # noqa: D301
+    sys.exit(asyncio.run(_restart(Place.find(directory).rundir, names)))
+
+
+@click.command()
+@directory_option
+def reload(directory: str | None) -> None:
+    """
+    Take up what changed in supervisord.conf; nobody else's process is touched.
+
+    \b
+    Example:
+      mesh new hello && mesh reload
+    """  # noqa: D301
+    sys.exit(asyncio.run(_reload(Place.find(directory))))
+
+
+async def _restart(rundir: RunDir, names: tuple[str, ...]) -> int:
+    known = [each.name for each in await _client(rundir).processes()]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise click.UsageError(
+            f"no such program: {', '.join(unknown)}; this mesh has {', '.join(known)}"
+        )
+    await boot.restart(rundir, list(dict.fromkeys(names)))
+    states = [each for each in await ready(rundir, quiet=True) if each.name in names]
+    for each in states:
+        if each.verdict == "ready":
+            say.line(f"{each.name} is READY (pid {each.pid})", "green")
+    return EXIT_WRONG if tell_failures(rundir, states) else 0
+
+
+async def _reload(place: Place) -> int:
+    rundir = place.rundir
+    await _client(rundir).pid()  # says that no mesh runs, before anything is written
+    added, changed, removed = await boot.reload(place.project, rundir)
+    for words, names in (("added", added), ("restarted", changed), ("removed", removed)):
+        if names:
+            say.line(f"{words}: {', '.join(names)}")
+    if not (added or changed or removed):
+        say.line("nothing changed in supervisord.conf")
+    states = [each for each in await ready(rundir, quiet=True) if each.name in (*added, *changed)]
+    for each in states:
+        if each.verdict == "ready":
+            say.line(f"{each.name} is READY (pid {each.pid})", "green")
+    return EXIT_WRONG if tell_failures(rundir, states) else 0
+
+
+def _client(rundir: RunDir) -> SupervisorClient:
+    return SupervisorClient(rundir.socket("supervisor"))

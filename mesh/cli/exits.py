@@ -1,0 +1,54 @@
+"""Exit codes of `mesh`, and which error ends in which."""
+
+from __future__ import annotations
+
+from mesh.errors import (
+    EXIT_CONFIGURATION,
+    EXIT_LOCKED,
+    AlreadyRunningError,
+    BrokerUnavailableError,
+    ConfigurationError,
+    MeshError,
+    PayloadError,
+    TopicError,
+)
+from mesh.supervision.supervisord import SupervisorUnavailableError
+
+EXIT_WRONG = 1
+EXIT_USAGE = 2
+EXIT_NO_MESH = 3
+EXIT_DATA = 65
+EXIT_UNAVAILABLE = 69
+EXIT_INTERRUPTED = 130
+
+MEANINGS = {
+    0: "all is well",
+    EXIT_WRONG: "something is wrong: an agent failed, a check of `mesh doctor` failed",
+    EXIT_USAGE: "the command line is wrong",
+    EXIT_NO_MESH: "no mesh runs in this directory",
+    EXIT_DATA: "the given event cannot travel: bad JSON, topic or payload",
+    EXIT_UNAVAILABLE: "the fabric does not answer",
+    EXIT_LOCKED: "a mesh runs in this directory already",
+    EXIT_CONFIGURATION: "the configuration cannot be used; nothing was started",
+    EXIT_INTERRUPTED: "interrupted",
+}
+
+
+class NoMeshError(MeshError):
+    """No mesh runs in the directory that was asked about."""
+
+
+_CODES: tuple[tuple[type[MeshError], int], ...] = (
+    (ConfigurationError, EXIT_CONFIGURATION),
+    (AlreadyRunningError, EXIT_LOCKED),
+    (NoMeshError, EXIT_NO_MESH),
+    (SupervisorUnavailableError, EXIT_NO_MESH),
+    (PayloadError, EXIT_DATA),
+    (TopicError, EXIT_DATA),
+    (BrokerUnavailableError, EXIT_UNAVAILABLE),
+)
+
+
+def code_of(error: MeshError) -> int:
+    """Give the exit code for an error that reached the command line."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), EXIT_WRONG)

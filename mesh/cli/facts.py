@@ -1,0 +1,153 @@
+"""What `mesh status` knows: supervisord's word, the agents' ledgers and cards, joined."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mesh.card import read_cards
+from mesh.ledger import LedgerView, LinkAccount, account, read_ledgers
+from mesh.supervision.boot import INFRASTRUCTURE, last_words
+from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
+
+if TYPE_CHECKING:
+    from mesh.rundir import RunDir
+
+#: Beats come once a second; one that is so much older is news.
+STALE_BEAT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramFacts:
+    """How one program is doing."""
+
+    name: str
+    #: supervisord's word: RUNNING, BACKOFF, FATAL, ...
+    state: str
+    pid: int | None
+    uptime_s: float | None
+    ready: bool
+    #: The program's own word: starting, ready, draining, stopped.
+    phase: str | None
+    restarts: int
+    beat_age_s: float | None
+    handled: int
+    failed: int
+    lost: int
+    dropped: dict[str, int]
+    queue: int
+    lag_ms: float
+    sources: str
+    latency_us: dict[str, float | None]
+    #: The last line it printed, when it failed.
+    last_words: str | None
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class MeshFacts:
+    """How a mesh is doing."""
+
+    directory: str
+    supervisor_pid: int
+    programs: list[ProgramFacts]
+    links: dict[str, LinkAccount]
+    lost: int
+
+    @property
+    def problems(self) -> list[str]:
+        """List what is wrong, in words."""
+        return [f"{each.name}: {words}" for each in self.programs for words in each.problems]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the facts as plain data."""
+        return {
+            "directory": self.directory,
+            "supervisor_pid": self.supervisor_pid,
+            "well": not self.problems,
+            "problems": self.problems,
+            "lost": self.lost,
+            "lost_by_link": {name: link.lost for name, link in self.links.items() if link.lost},
+            "programs": [asdict(each) for each in self.programs],
+            "links": {name: asdict(link) for name, link in self.links.items()},
+        }
+
+
+async def look(rundir: RunDir) -> MeshFacts:
+    """
+    Gather everything that can be known of a mesh from outside.
+
+    Raises:
+        SupervisorUnavailableError: None runs there.
+    """
+    client = SupervisorClient(rundir.socket("supervisor"))
+    processes = await client.processes()
+    views = read_ledgers(rundir.ledgers)
+    hears = {name: frozenset(card.hears) for name, card in read_cards(rundir).items()}
+    joined = account(views, hears)
+    return MeshFacts(
+        directory=str(rundir.path),
+        supervisor_pid=await client.pid(),
+        programs=[_facts(rundir, each, views.get(each.name)) for each in processes],
+        links=dict(joined.links),
+        lost=joined.lost,
+    )
+
+
+def _facts(rundir: RunDir, process: ProcessInfo, view: LedgerView | None) -> ProgramFacts:
+    runs = process.state in ("RUNNING", "STARTING", "STOPPING")
+    mine = view is not None and runs and view.pid == process.pid
+    ready = mine and view is not None and view.state == "ready"
+    age_s = time.monotonic() - view.beat_mono_s if mine and view and view.beat_mono_s else None
+    ended_badly = process.state in ("FATAL", "BACKOFF") or (
+        process.state == "EXITED" and process.exit_status != 0
+    )
+    return ProgramFacts(
+        name=process.name,
+        state=process.state,
+        pid=process.pid or None,
+        uptime_s=max(0.0, time.time() - process.started_at_s) if runs else None,
+        ready=ready,
+        phase=view.state if mine and view else None,
+        restarts=max(0, view.incarnation - 1) if view else 0,
+        beat_age_s=age_s,
+        handled=view.handled if view else 0,
+        failed=view.failed if view else 0,
+        lost=sum(each.lost for each in view.in_.values()) if view else 0,
+        dropped=_dropped(process.name, view),
+        queue=view.queue if mine and view else 0,
+        lag_ms=view.lag_s * 1e3 if mine and view else 0.0,
+        sources=view.sources if view else "none",
+        latency_us={
+            "p50": view.latency_us(50) if view else None,
+            "p99": view.latency_us(99) if view else None,
+        },
+        last_words=last_words(rundir, process) if ended_badly else None,
+        problems=_problems(process, view, ready=ready, age_s=age_s),
+    )
+
+
+def _problems(
+    process: ProcessInfo, view: LedgerView | None, *, ready: bool, age_s: float | None
+) -> list[str]:
+    if process.state == "STOPPED" and not process.started_at_s:
+        return []  # autostart=false: nobody meant it to run
+    if process.state != "RUNNING" and not (process.state == "STARTING" and ready):
+        return [f"is {process.state}"]
+    if not ready:
+        return ["is not READY"]
+    if age_s is None or age_s > STALE_BEAT_S:
+        return ["has not beaten yet" if age_s is None else f"last beat {age_s:.1f} s ago"]
+    if view is not None and view.sources == "failed":
+        return ["its source failed"]
+    return []
+
+
+def _dropped(name: str, view: LedgerView | None) -> dict[str, int]:
+    if view is None:
+        return {}
+    if name in INFRASTRUCTURE:
+        # The forwarder counts what it passed on as well
+        return {reason: n for reason, n in view.dropped.items() if n and reason != "frames"}
+    return {reason: amount for reason, amount in view.dropped.items() if amount}

@@ -1,0 +1,150 @@
+"""Where a command works: the project, its run directory, its settings; shared options."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mesh.cli.exits import NoMeshError
+from mesh.config import MessageBusConfig
+from mesh.env import environment
+from mesh.errors import ConfigurationError
+from mesh.rundir import RunDir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_Command = TypeVar("_Command", bound="Callable[..., Any]")
+
+CONF = "supervisord.conf"
+_PARAM = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One mesh: where its agents are written down, and where it lives."""
+
+    project: Path
+    rundir: RunDir
+
+    @classmethod
+    def find(cls, directory: str | None, *, fallback: Path | None = None) -> Place:
+        """
+        Find the project around the current directory, and the run directory.
+
+        Args:
+            directory: The run directory; default MESH_DIR, else `.mesh` in the project.
+            fallback: The project where there is none around.
+        """
+        here = Path.cwd()
+        around = next((each for each in (here, *here.parents) if (each / CONF).is_file()), None)
+        if around is None and fallback is not None and (fallback / CONF).is_file():
+            around = fallback
+        project = around or here
+        chosen = directory or environment().get("MESH_DIR") or project / ".mesh"
+        return cls(project, RunDir(chosen))
+
+
+def directory_option(command: _Command) -> _Command:
+    """Add `--dir` to a command."""
+    return click.option(
+        "--dir",
+        "directory",
+        metavar="DIR",
+        help="The mesh's run directory.  [default: $MESH_DIR, else .mesh in the project]",
+    )(command)
+
+
+def json_option(command: _Command) -> _Command:
+    """Add `--json` to a command."""
+    return click.option("--json", "json_form", is_flag=True, help="Print JSON for programs.")(
+        command
+    )
+
+
+def param_option(command: _Command) -> _Command:
+    """Add `--param k=v` to a command."""
+    return click.option(
+        "--param",
+        "params",
+        metavar="K=V",
+        multiple=True,
+        callback=_parse_params,
+        help="A parameter for the agents (`self.params`); may be given several times.",
+    )(command)
+
+
+def agents_option(command: _Command) -> _Command:
+    """Add `--agents a,b` to a command."""
+    return click.option(
+        "--agents",
+        metavar="A,B",
+        callback=lambda _context, _option, text: _split(text),
+        help="Only these agents.  [default: all in supervisord.conf]",
+    )(command)
+
+
+def checked_settings(rundir: RunDir) -> MessageBusConfig:
+    """
+    Read the settings and check the run directory, before anything starts.
+
+    Raises:
+        ConfigurationError: Names everything that is wrong with either.
+    """
+    problems: list[str] = []
+    config = MessageBusConfig()
+    try:
+        config = MessageBusConfig.from_env()
+    except ConfigurationError as error:
+        problems += error.problems
+    try:
+        rundir.ensure()
+    except ConfigurationError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigurationError(problems)
+    return config
+
+
+def joining_settings(place: Place) -> MessageBusConfig:
+    """
+    Read the settings of a command that joins a running mesh.
+
+    Raises:
+        ConfigurationError: They cannot be used.
+        NoMeshError: There is no mesh to join.
+    """
+    config = MessageBusConfig.from_env()
+    if config.broker_type == "memory":
+        raise ConfigurationError(
+            "LEGION_BROKER_TYPE=memory: a fabric of memory cannot be joined from outside; use zmq"
+        )
+    rundir = place.rundir
+    if config.broker_type == "zmq" and rundir.holder(rundir.lock("forwarder")) is None:
+        raise NoMeshError(f"no mesh runs in {rundir.path}; start one with `mesh up`")
+    return config
+
+
+def _split(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise click.BadParameter("name at least one agent: --agents features,risk")
+    return names
+
+
+def _parse_params(
+    _context: click.Context, _option: click.Parameter, given: tuple[str, ...]
+) -> dict[str, str]:
+    params: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or _PARAM.fullmatch(name) is None:
+            raise click.BadParameter(f"{text!r} is not K=V, such as --param window=20")
+        params[name.lower()] = value
+    return params

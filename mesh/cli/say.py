@@ -1,0 +1,118 @@
+"""
+How commands speak: tables and colour in a terminal, plain text in a pipe, words on stderr.
+
+What comes from events and logs is cleaned of control characters before a terminal sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.table import Table
+
+Colour = Literal["green", "yellow", "red", "dim", ""]
+
+# C0 but tab and newline, DEL, C1, and the marks that turn the direction of writing
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def clean(text: str) -> str:
+    """Show control characters as escapes, so that content cannot command the terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def is_terminal(stream: TextIO | None = None) -> bool:
+    """Say whether somebody looks: stdout, or the given stream, is a terminal."""
+    return (stream or sys.stdout).isatty()
+
+
+def line(text: str = "", colour: Colour = "") -> None:
+    """Print a line on stdout."""
+    click.echo(_coloured(clean(text), colour))
+
+
+def note(text: str, colour: Colour = "") -> None:
+    """Print a line on stderr: progress, warnings, errors."""
+    click.echo(_coloured(clean(text), colour), err=True)
+
+
+def as_json(value: Any, *, compact: bool = False) -> None:
+    """Print a value as JSON on stdout."""
+    click.echo(json.dumps(value, default=str, indent=None if compact else 2))
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], colours: Sequence[Colour] = ()
+) -> None:
+    """
+    Print a table on stdout.
+
+    Args:
+        columns: Their heads.
+        rows: The cells; None is shown as ``-``.
+        colours: One a row, for terminals.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    if is_terminal():
+        from rich.console import Console
+
+        Console().print(rich_table(columns, cells, colours))
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for row in ([name.upper() for name in columns], *cells):
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(padded).rstrip())
+
+
+def rich_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], colours: Sequence[Colour] = ()
+) -> Table:
+    """Make the table that a terminal shows."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, row in enumerate(rows):
+        style = colours[number] if number < len(colours) else ""
+        made.add_row(*(Text(_cell(value)) for value in row), style=style or None)
+    return made
+
+
+def duration(seconds: float) -> str:
+    """Show a time span in one or two units."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24}h"
+
+
+def micros(value: float | None) -> str:
+    """Show microseconds."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}us" if value < 10_000 else f"{value / 1000:.0f}ms"
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else clean(str(value))
+
+
+def _coloured(text: str, colour: Colour) -> str:
+    # click takes the colour away again where the stream is no terminal
+    if colour == "dim":
+        return click.style(text, dim=True)
+    return click.style(text, fg=colour) if colour else text

@@ -1,0 +1,89 @@
+"""Start a mesh and show how its programs become READY."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Self
+
+from mesh.cli import say
+from mesh.supervision import boot
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from mesh.rundir import RunDir
+    from mesh.supervision.boot import ProgramState
+
+_COLOURS: dict[str, say.Colour] = {"ready": "green", "failed": "red", "starting": "yellow"}
+
+
+class Progress:
+    """
+    Shows programs on their way to READY: a live table in a terminal, else a line a change.
+
+    Use it as a context and hand `show` to `boot.wait_ready`.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Show nothing yet; with `quiet`, never."""
+        self._quiet = quiet
+        self._told: dict[str, str] = {}
+        self._live: Any = None
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End; what is left on the screen are the lines of `tell_outcome`."""
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, states: list[ProgramState]) -> None:
+        """Show how things stand."""
+        if self._quiet:
+            return
+        if self._live is not None:
+            rows = [(each.name, each.verdict, each.pid or None) for each in states]
+            colours = [_COLOURS.get(each.verdict, "") for each in states]
+            self._live.update(say.rich_table(("program", "state", "pid"), rows, colours))
+            return
+        for each in states:
+            if each.verdict != "starting" and self._told.get(each.name) != each.verdict:
+                pid = f" (pid {each.pid})" if each.pid else ""
+                say.note(f"{each.name}: {each.verdict}{pid}")
+            self._told[each.name] = each.verdict
+
+
+def tell_failures(rundir: RunDir, states: Sequence[ProgramState]) -> list[str]:
+    """Say on stderr which programs failed and why; give their names."""
+    failed = [state for state in states if state.verdict == "failed"]
+    for state in failed:
+        say.note(f"{state.name} failed: {state.last_words}", "red")
+    if failed:
+        names = " ".join(state.name for state in failed)
+        say.note(f"more: mesh logs {names}  ({rundir.path / 'log'})")
+    return [state.name for state in failed]
+
+
+async def ready(rundir: RunDir, *, quiet: bool = False) -> list[ProgramState]:
+    """
+    Wait until every program is READY or has failed, showing it.
+
+    Raises:
+        BootError: Some are neither in time.
+    """
+    with Progress(quiet=quiet) as progress:
+        return await boot.wait_ready(rundir, on_change=progress.show)

@@ -1,0 +1,93 @@
+"""`mesh status`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from mesh.cli import say
+from mesh.cli.exits import EXIT_WRONG
+from mesh.cli.facts import look
+from mesh.cli.place import Place, directory_option, json_option
+
+if TYPE_CHECKING:
+    from mesh.cli.facts import MeshFacts, ProgramFacts
+
+_COLUMNS = (
+    "program", "state", "pid", "up", "ready", "beat", "restarts", "handled", "failed", "lost",
+    "dropped", "queue", "lag", "p50", "p99",
+)  # fmt: skip
+
+
+@click.command()
+@json_option
+@directory_option
+def status(json_form: bool, directory: str | None) -> None:
+    """
+    Show how every agent is doing, and what was lost.
+
+    Everything is read from supervisord and from the agents' counters in shared memory; no agent is
+    asked, so a hung one cannot hold this up. Exit code 0 when every program is READY and beats, 1
+    when one is not, 3 when no mesh runs here. Losses are shown, and do not change the exit code.
+
+    \b
+    Example:
+      mesh status
+      mesh status --json | python -m json.tool
+    """  # noqa: D301
+    facts = asyncio.run(look(Place.find(directory).rundir))
+    if json_form:
+        say.as_json(facts.to_dict())
+    else:
+        _show(facts)
+    sys.exit(EXIT_WRONG if facts.problems else 0)
+
+
+def _show(facts: MeshFacts) -> None:
+    say.line(f"mesh in {facts.directory}, supervisord {facts.supervisor_pid}")
+    say.table(_COLUMNS, map(_row, facts.programs), [_colour(each) for each in facts.programs])
+    losing = {name: link for name, link in facts.links.items() if link.lost}
+    if losing:
+        say.table(
+            ("link", "published", "received", "lost"),
+            [(name, each.published, each.received, each.lost) for name, each in losing.items()],
+            ["yellow"] * len(losing),
+        )
+    else:
+        say.line(f"{len(facts.links)} links, nothing lost")
+    for each in facts.programs:
+        if each.last_words:
+            say.line(f"{each.name}: {each.last_words}", "red")
+    for problem in facts.problems:
+        say.line(problem, "red")
+    if not facts.problems:
+        say.line("all is well", "green")
+
+
+def _row(each: ProgramFacts) -> tuple[object, ...]:
+    return (
+        each.name,
+        each.state,
+        each.pid,
+        None if each.uptime_s is None else say.duration(each.uptime_s),
+        "yes" if each.ready else "no",
+        None if each.beat_age_s is None else say.duration(each.beat_age_s),
+        each.restarts,
+        each.handled,
+        each.failed,
+        each.lost,
+        " ".join(f"{reason}={amount}" for reason, amount in each.dropped.items()) or 0,
+        each.queue,
+        f"{each.lag_ms:.1f}ms",
+        say.micros(each.latency_us["p50"]),
+        say.micros(each.latency_us["p99"]),
+    )
+
+
+def _colour(each: ProgramFacts) -> say.Colour:
+    if each.problems:
+        return "red"
+    return "yellow" if each.lost or each.failed else ""

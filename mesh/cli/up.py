@@ -1,0 +1,120 @@
+"""`mesh up` and `mesh down`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from mesh.cli import say
+from mesh.cli.exits import EXIT_WRONG
+from mesh.cli.place import (
+    Place,
+    agents_option,
+    checked_settings,
+    directory_option,
+    param_option,
+)
+from mesh.cli.signals import stop_signals, unless, until_exit
+from mesh.cli.starting import ready, tell_failures
+from mesh.supervision import boot
+from mesh.supervision.supervisord import SupervisorClient, SupervisorError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@click.command()
+@click.option("-d", "--detach", is_flag=True, help="Return when all agents are READY.")
+@agents_option
+@param_option
+@directory_option
+def up(
+    detach: bool,
+    agents: Sequence[str] | None,
+    params: Mapping[str, str],
+    directory: str | None,
+) -> None:
+    """
+    Start every agent of supervisord.conf as a supervised process.
+
+    Without -d it stays, and takes everything down on Ctrl-C or SIGTERM. Exit code 1 when an agent
+    failed (the others run), 75 when a mesh runs in this directory already, 78 when the
+    configuration cannot be used.
+
+    \b
+    Example:
+      mesh up -d --param csv=bars.csv --param speed=max
+      MESH_DIR=/tmp/second mesh up --agents market_data,features
+    """  # noqa: D301 - click's mark for lines it must not wrap
+    place = Place.find(directory)
+    checked_settings(place.rundir)
+    code = asyncio.run(_up(place, agents, params, detach=detach))
+    sys.exit(code)
+
+
+@click.command()
+@directory_option
+def down(directory: str | None) -> None:
+    """
+    Stop the mesh, losing nothing that is under way.
+
+    Sources stop first, the others when everything under way is handled.
+
+    \b
+    Example:
+      mesh down
+      mesh down --dir /tmp/second
+    """  # noqa: D301
+    rundir = Place.find(directory).rundir
+    began_s = time.monotonic()
+    asyncio.run(boot.down(rundir))
+    say.line(f"the mesh in {rundir.path} is down ({time.monotonic() - began_s:.1f} s)")
+
+
+async def _up(
+    place: Place, agents: Sequence[str] | None, params: Mapping[str, str], *, detach: bool
+) -> int:
+    rundir = place.rundir
+    with stop_signals() as stop:
+        began_s = time.monotonic()
+        pid = await boot.up(place.project, rundir, params=params, agents=agents)
+        try:
+            failed: list[str] = []
+
+            async def start() -> None:
+                states = await ready(rundir)
+                failed.extend(tell_failures(rundir, states))
+                count = sum(state.verdict == "ready" for state in states)
+                say.line(
+                    f"{count} of {len(states)} programs READY in {time.monotonic() - began_s:.1f} s"
+                    f" (supervisord is {pid}, directory {rundir.path})"
+                )
+
+            finished = await unless(stop, start())
+            if detach and finished:
+                return EXIT_WRONG if failed else 0
+            if not detach and finished:
+                say.note("Ctrl-C takes the mesh down")
+                if await unless(stop, until_exit(pid)):
+                    say.note("supervisord ended; the mesh is down", "red")
+                    return EXIT_WRONG
+        except BaseException:
+            if not detach:
+                await _take_down(place)
+            raise
+        await _take_down(place)
+        return EXIT_WRONG if failed else 0
+
+
+async def _take_down(place: Place) -> None:
+    if await SupervisorClient(place.rundir.socket("supervisor")).is_up():
+        try:
+            await boot.down(place.rundir)
+        except SupervisorError as error:
+            say.note(str(error), "red")
+            return
+    say.note("the mesh is down")
