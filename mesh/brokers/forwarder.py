@@ -207,7 +207,7 @@ class Forwarder:
         return self._adhoc and self._peers <= 0 and now - self._lonely_since > _LINGER_S
 
     def _drain(self) -> None:
-        while self._in.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while int(self._in.get(zmq.EVENTS)) & zmq.POLLIN:
             self._forward_frames()
 
 

@@ -1,0 +1,322 @@
+"""A whole mesh as a user runs it: real supervisord, real processes, real kills."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.plumbing.processes import ROOT, is_alive, run_mesh, run_python, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+AGENTS = ("market_data", "features", "signals", "risk", "execution", "portfolio")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project of one's own: the pipeline's agents and their supervisord.conf."""
+    shutil.copytree(ROOT / "agents", tmp_path / "agents", ignore=shutil.ignore_patterns("__py*"))
+    shutil.copy(ROOT / "supervisord.conf", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def bars(tmp_path: Path) -> Path:
+    """Three thousand bars that trade now and then, two of them broken."""
+    code = """
+import sys
+from datetime import timedelta
+from agents.market_data import synthetic
+print("timestamp,open,high,low,close,volume")
+for row in synthetic(11, 3000):
+    if row.line in (100, 200):
+        print(f"{row.time.isoformat()},1,2,nan,x,1")
+    price = (row.bid + row.ask) / 2
+    print(f"{(row.time + timedelta(minutes=row.line)).isoformat()},{price},{price+1},{price-1},{price},5")
+"""
+    path = tmp_path / "bars.csv"
+    path.write_text(run_python(code).out)
+    return path
+
+
+@contextlib.contextmanager
+def mesh_up(project: Path, *options: str) -> Iterator[None]:
+    started = run_mesh("up", "-d", *options, cwd=project)
+    assert started.code == 0, started
+    try:
+        yield
+    finally:
+        stopped = run_mesh("down", cwd=project)
+        assert stopped.code == 0, stopped
+
+
+def status(project: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(run_mesh("status", "--json", cwd=project).out)
+    return told
+
+
+def programs(project: Path) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in status(project)["programs"]}
+
+
+def pids(project: Path) -> dict[str, int]:
+    return {name: row["pid"] for name, row in programs(project).items()}
+
+
+def ready_again(project: Path, name: str, old_pid: int, within_s: float) -> float:
+    """Wait for a successor that is READY; gives the seconds it took."""
+    begun = time.monotonic()
+
+    def is_back() -> bool:
+        row = programs(project)[name]
+        return row["state"] == "ready" and row["pid"] != old_pid
+
+    wait_until(is_back, within_s=within_s)
+    return time.monotonic() - begun
+
+
+def test_one_process_and_many_give_the_same_fills(project: Path, bars: Path) -> None:
+    """Every good bar arrives, nothing is lost, and the fills are the same byte for byte."""
+    options = ("--csv", str(bars), "--speed", "max", "--json")
+
+    many = run_mesh("run", *options, cwd=project)
+    again = run_mesh("run", *options, cwd=project)
+    one = run_mesh("run", *options, "--memory", cwd=project)
+
+    assert (many.code, again.code, one.code) == (0, 0, 0), (many, again, one)
+    reports = [json.loads(each.out) for each in (many, again, one)]
+    for report in reports:
+        assert report["market_events"] == 3000
+        assert report["bad_rows"] == 2
+        assert (report["lost"], report["lost_by_link"]) == (0, {})
+        assert report["fills"] > 0
+        assert report["latency_us"]["p50"] > 0
+    assert len({report["fills_digest"] for report in reports}) == 1
+
+
+def test_two_meshes_run_side_by_side(project: Path, bars: Path, own_mesh_dir: Path) -> None:
+    with mesh_up(project):
+        other = run_mesh(
+            "--dir",
+            f"{own_mesh_dir}/b",
+            "run",
+            "--csv",
+            bars,
+            "--json",
+            cwd=project,
+        )
+
+        assert other.code == 0, other
+        assert json.loads(other.out)["lost"] == 0
+        assert all(row["state"] == "ready" for row in programs(project).values())
+
+
+def test_a_second_mesh_in_the_same_directory_is_refused(project: Path) -> None:
+    with mesh_up(project):
+        before = pids(project)
+
+        second = run_mesh("up", "-d", cwd=project)
+
+        assert second.code == 75
+        assert "already held by process" in second.err
+        assert pids(project) == before
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("victim", ["features", "monitor", "forwarder"])
+def test_a_killed_process_is_back_and_nobody_else_restarts(project: Path, victim: str) -> None:
+    with mesh_up(project):
+        before = pids(project)
+
+        os.kill(before[victim], signal.SIGKILL)
+        took_s = ready_again(project, victim, before[victim], within_s=10)
+
+        after = pids(project)
+        assert took_s < 5
+        assert {n: p for n, p in after.items() if n != victim} == {
+            n: p for n, p in before.items() if n != victim
+        }
+
+
+@pytest.mark.fault
+def test_what_a_killed_agent_missed_is_counted_to_the_event(project: Path) -> None:
+    """Whatever was published is handled or lost once the source has ended; nothing is in between."""
+    with mesh_up(project, "--param", "speed=1000", "--param", "bars=20000"):
+        victim = pids(project)["features"]
+        wait_until(lambda: programs(project)["features"]["handled"] > 500)
+
+        os.kill(victim, signal.SIGKILL)
+        ready_again(project, "features", victim, within_s=10)
+        wait_until(lambda: programs(project)["market_data"]["sources"] == "done", within_s=60)
+        wait_until(lambda: status(project)["in_flight"] == 0)
+
+        row = programs(project)["features"]
+        assert row["lost"] > 0
+        assert row["handled"] + row["lost"] == 20_000
+
+
+@pytest.mark.fault
+def test_no_orphan_survives_a_killed_supervisord(project: Path, own_mesh_dir: Path) -> None:
+    assert run_mesh("up", "-d", cwd=project).code == 0
+    all_pids = pids(project)
+    supervisord = int((own_mesh_dir / "run" / "supervisord.pid").read_text())
+
+    os.kill(supervisord, signal.SIGKILL)
+
+    wait_until(lambda: not any(is_alive(pid) for pid in all_pids.values()), within_s=12)
+    with mesh_up(project):
+        assert set(pids(project)) == set(all_pids)
+
+
+HANGING = """
+from mesh import Agent, Event, on, run
+
+
+class Hanging(Agent):
+    @on("please.hang")
+    async def on_request(self, event: Event) -> None:
+        while True:
+            pass
+
+
+if __name__ == "__main__":
+    run(Hanging)
+"""
+
+
+@pytest.mark.fault
+def test_a_blocked_loop_is_replaced_and_its_stack_is_kept(
+    project: Path, own_mesh_dir: Path
+) -> None:
+    run_mesh("new", "hanging", cwd=project)
+    (project / "agents" / "hanging.py").write_text(HANGING)
+    with mesh_up(project, "--agents", "hanging,portfolio"):
+        before = pids(project)
+
+        said = run_mesh("publish", "please.hang", "{}", cwd=project)
+        assert said.code == 0, said
+        took_s = ready_again(project, "hanging", before["hanging"], within_s=25)
+
+        assert took_s < 20
+        stacks = (own_mesh_dir / "stacks" / f"hanging.{before['hanging']}.txt").read_text()
+        assert "in on_request" in stacks
+        assert pids(project)["portfolio"] == before["portfolio"]
+
+
+@pytest.mark.fault
+def test_a_stopped_agent_is_replaced(project: Path, own_mesh_dir: Path) -> None:
+    with mesh_up(project):
+        before = pids(project)
+
+        os.kill(before["risk"], signal.SIGSTOP)
+        took_s = ready_again(project, "risk", before["risk"], within_s=25)
+
+        assert took_s < 20
+        (entry,) = (own_mesh_dir / "log" / "restarts.jsonl").read_text().splitlines()
+        assert "the process is stopped (T)" in json.loads(entry)["reason"]
+
+
+def test_a_new_agent_joins_a_running_mesh(project: Path) -> None:
+    with mesh_up(project):
+        before = pids(project)
+
+        made = run_mesh("new", "hello", cwd=project)
+        loaded = run_mesh("reload", cwd=project)
+
+        assert (made.code, loaded.code) == (0, 0), (made, loaded)
+        rows = programs(project)
+        assert rows["hello"]["state"] == "ready"
+        assert {name: rows[name]["pid"] for name in before} == before
+
+
+def test_the_test_of_a_new_agent_passes(project: Path) -> None:
+    run_mesh("new", "hello", cwd=project)
+
+    code = "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-o', "
+    code += "'asyncio_mode=auto', 'tests/test_hello.py']))"
+    ended = run_python(f"import os; os.chdir({str(project)!r}); {code}")
+
+    assert ended.code == 0, ended
+    assert "1 passed" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
+        ("def broken(:", "SyntaxError: invalid syntax"),
+        ("x = 1", "no agent class"),
+    ],
+)
+def test_a_broken_script_is_told_and_the_others_run(
+    project: Path, script: str, words: str
+) -> None:
+    (project / "agents" / "signals.py").write_text(script)
+
+    started = run_mesh("up", "-d", cwd=project, timeout_s=60)
+    try:
+        told = run_mesh("status", cwd=project)
+        rows = programs(project)
+    finally:
+        assert run_mesh("down", cwd=project).code == 0
+
+    assert started.code == 70
+    assert words in started.err
+    assert told.code == 1
+    assert words in told.out
+    assert [name for name, row in rows.items() if row["state"] != "ready"] == ["signals"]
+
+
+def test_all_configuration_mistakes_are_told_at_once(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEGION_BROKER_TYPE", "carrier-pigeon")
+    monkeypatch.setenv("LEGION_CONSUMER_BUFFER_SIZE", "many")
+
+    ended = run_mesh("up", "-d", cwd=project)
+
+    assert ended.code == 78
+    assert "LEGION_BROKER_TYPE=carrier-pigeon" in ended.err
+    assert "LEGION_CONSUMER_BUFFER_SIZE=many" in ended.err
+
+
+@pytest.mark.parametrize("content", [None, "", "a,b,c\n1,2,3\n", "timestamp,bid,ask\nx,y,z\n"])
+def test_a_csv_that_cannot_be_used_is_told(
+    project: Path, tmp_path: Path, content: str | None
+) -> None:
+    path = tmp_path / "input.csv"
+    if content is not None:
+        path.write_text(content)
+
+    ended = run_mesh("run", "--csv", path, "--json", cwd=project, timeout_s=60)
+
+    assert ended.code == 78, ended
+    assert str(path) in ended.err
+    assert ended.out == ""
+
+
+def test_a_run_directory_open_to_others_is_refused(project: Path, rundir: Path) -> None:
+    rundir.chmod(0o755)
+
+    ended = run_mesh("up", "-d", cwd=project)
+
+    assert ended.code == 78
+    assert f"chmod 700 {rundir}" in ended.err
+
+
+def test_a_path_too_long_for_sockets_is_refused(project: Path, own_mesh_dir: Path) -> None:
+    ended = run_mesh("--dir", own_mesh_dir / ("x" * 100), "up", "-d", cwd=project)
+
+    assert ended.code == 78
+    assert "too many for Unix sockets" in ended.err
