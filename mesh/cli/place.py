@@ -101,6 +101,10 @@ def checked_settings(rundir: RunDir) -> MessageBusConfig:
         config = MessageBusConfig.from_env()
     except ConfigurationError as error:
         problems += error.problems
+    if config.broker_type == "memory":
+        problems.append(
+            "LEGION_BROKER_TYPE=memory: memory joins no processes; use zmq, or `mesh run --memory`"
+        )
     try:
         rundir.ensure()
     except ConfigurationError as error:

@@ -66,9 +66,12 @@ def table(
     if is_terminal():
         from rich.console import Console
 
-        Console().print(rich_table(columns, cells, colours))
+        made = rich_table(columns, cells, colours)
+        console = Console()
+        # A line too long for the terminal is folded by it: nothing is cut away
+        console.print(made, width=max(console.width, console.measure(made).maximum), crop=False)
         return
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *cells, strict=True)]
     for row in ([name.upper() for name in columns], *cells):
         padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         click.echo("  ".join(padded).rstrip())

@@ -20,6 +20,10 @@ _COLUMNS = (
     "program", "state", "pid", "up", "ready", "beat", "restarts", "handled", "failed", "lost",
     "dropped", "queue", "lag", "p50", "p99",
 )  # fmt: skip
+#: Columns that a terminal shows only when one of their cells is something else.
+_QUIET: dict[str, object] = {
+    "ready": "yes", "restarts": 0, "failed": 0, "lost": 0, "dropped": 0, "queue": 0
+}  # fmt: skip
 
 
 @click.command()
@@ -48,7 +52,13 @@ def status(json_form: bool, directory: str | None) -> None:
 
 def _show(facts: MeshFacts) -> None:
     say.line(f"mesh in {facts.directory}, supervisord {facts.supervisor_pid}")
-    say.table(_COLUMNS, map(_row, facts.programs), [_colour(each) for each in facts.programs])
+    rows = [_row(each) for each in facts.programs]
+    kept = _worth_showing(rows) if say.is_terminal() else range(len(_COLUMNS))
+    say.table(
+        [_COLUMNS[at] for at in kept],
+        [[row[at] for at in kept] for row in rows],
+        [_colour(each) for each in facts.programs],
+    )
     losing = {name: link for name, link in facts.links.items() if link.lost}
     if losing:
         say.table(
@@ -65,6 +75,15 @@ def _show(facts: MeshFacts) -> None:
         say.line(problem, "red")
     if not facts.problems:
         say.line("all is well", "green")
+
+
+def _worth_showing(rows: list[tuple[object, ...]]) -> list[int]:
+    """Leave out columns that say nothing, so that a terminal of 80 columns holds the rest."""
+    return [
+        at
+        for at, name in enumerate(_COLUMNS)
+        if name not in _QUIET or any(row[at] != _QUIET[name] for row in rows)
+    ]
 
 
 def _row(each: ProgramFacts) -> tuple[object, ...]:

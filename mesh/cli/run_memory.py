@@ -1,0 +1,154 @@
+"""`mesh run --memory`: the same scripts, all in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from mesh.cli.report import make_report
+from mesh.cli.signals import stop_signals, unless
+from mesh.cli.watching import LOOK_S, Watch
+from mesh.errors import ConfigurationError, MeshError
+from mesh.inprocess import InProcessMesh
+from mesh.logs import set_up_logging
+from mesh.supervision.boot import programs_of, script_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+
+    from mesh.cli.place import Place
+    from mesh.config import MessageBusConfig
+
+#: Asks the portfolio for its account.
+REPORT_REQUESTED = "portfolio.report.requested"
+
+
+async def run_memory(
+    place: Place,
+    config: MessageBusConfig,
+    agents: Collection[str] | None,
+    params: Mapping[str, str],
+) -> dict[str, Any]:
+    """
+    Run the scripts of supervisord.conf in this process; give the report.
+
+    Raises:
+        ConfigurationError: An agent is unknown, or refuses its settings.
+        AgentScriptError: A script holds no agent that can run.
+    """
+    scripts = scripts_of(place.project, agents)
+    close_log = set_up_logging("run", None, "WARNING")
+    try:
+        # Scripts import each other's payloads by the dotted name from the project
+        with contextlib.chdir(place.project), stop_signals() as stop:
+            mesh = InProcessMesh(scripts, params=params, config=config)
+            return await _run(mesh, stop)
+    finally:
+        close_log()
+
+
+def scripts_of(project: Path, agents: Collection[str] | None) -> list[Path]:
+    """
+    List the scripts of the agents in supervisord.conf, sources last started, first stopped.
+
+    Raises:
+        ConfigurationError: An agent that was asked for is not there.
+    """
+    found = {name: script_of(project, name) for name in programs_of(project)}
+    scripts = {name: project / script for name, script in found.items() if script is not None}
+    unknown = [name for name in agents or () if name not in scripts]
+    if unknown:
+        raise ConfigurationError(
+            [
+                f"{name!r} is no agent of {project / 'supervisord.conf'}; it has"
+                f" {', '.join(scripts)}"
+                for name in unknown
+            ]
+        )
+    # The file starts those who hear before those who say; here the first is also drained first
+    return [scripts[name] for name in reversed(scripts) if agents is None or name in agents]
+
+
+class _ToldError(Exception):
+    """Leaves a mesh whose source has failed, with the report in hand."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        super().__init__("the report tells it")
+        self.report = report
+
+
+async def _run(mesh: InProcessMesh, stop: asyncio.Event) -> dict[str, Any]:
+    hears = {name: frozenset(agent.hears()) for name, agent in mesh.agents.items()}
+    try:
+        with Watch(mesh.views, lambda: hears) as watch:
+            async with mesh:
+                quiet, problems = await _until_quiet(mesh, watch, stop)
+                report = make_report(
+                    mesh.views(),
+                    hears,
+                    await _portfolio(mesh),
+                    seconds=watch.seconds,
+                    settled=quiet,
+                    problems={**_failures(mesh), **problems},
+                )
+                if problems:
+                    # The mesh would raise the failure once more
+                    raise _ToldError(report)
+    except _ToldError as told:
+        return told.report
+    return report
+
+
+async def _until_quiet(
+    mesh: InProcessMesh, watch: Watch, stop: asyncio.Event
+) -> tuple[bool, dict[str, str]]:
+    """Wait for the end of the input; say whether all is handled, and which source failed how."""
+    watcher = asyncio.create_task(_show(watch), name="watch")
+    quiet, problems = False, {}
+    try:
+        if await unless(stop, mesh.sources_done()):
+            quiet = await unless(stop, mesh.quiet())
+    except Exception as error:  # noqa: BLE001 - an agent's own failure is told by the report
+        problems[_failed_source(mesh)] = _words(error)
+    finally:
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+    watch.look()
+    return quiet, problems
+
+
+async def _show(watch: Watch) -> None:
+    while True:
+        watch.look()
+        await asyncio.sleep(LOOK_S)
+
+
+async def _portfolio(mesh: InProcessMesh) -> dict[str, Any]:
+    if not any(REPORT_REQUESTED in agent.hears() for agent in mesh.agents.values()):
+        return {}
+    with contextlib.suppress(MeshError):
+        reply: dict[str, Any] = await mesh.request(REPORT_REQUESTED, {})
+        return reply
+    return {}
+
+
+def _failures(mesh: InProcessMesh) -> dict[str, str]:
+    return {
+        name: f"{view.failed} events could not be handled"
+        for name, view in mesh.views().items()
+        if view.failed
+    }
+
+
+def _failed_source(mesh: InProcessMesh) -> str:
+    states = {name: view.sources for name, view in mesh.views().items()}
+    return next((name for name, state in states.items() if state == "failed"), "mesh")
+
+
+def _words(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
+

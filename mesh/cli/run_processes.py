@@ -1,0 +1,199 @@
+"""`mesh run`: the agents as supervised processes, from start to report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from typing import TYPE_CHECKING, Any
+
+from mesh.card import read_cards
+from mesh.cli import say
+from mesh.cli.report import make_report
+from mesh.cli.run_memory import REPORT_REQUESTED
+from mesh.cli.signals import stop_signals, unless
+from mesh.cli.starting import ready, tell_failures
+from mesh.cli.watching import Watch
+from mesh.errors import EXIT_CONFIGURATION, ConfigurationError, MeshError
+from mesh.factory import make_broker
+from mesh.ledger import LedgerView, read_ledgers
+from mesh.publisher import EventPublisher, PublisherConfig
+from mesh.requests import Requester
+from mesh.supervision import boot
+from mesh.supervision.boot import INFRASTRUCTURE, last_words
+from mesh.supervision.supervisord import SupervisorClient, SupervisorError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from mesh.cli.place import Place
+    from mesh.config import MessageBusConfig
+    from mesh.rundir import RunDir
+    from mesh.supervision.supervisord import ProcessInfo
+
+#: Under this name the report is asked for.
+_ASKER = "mesh-run"
+_GUARD_S = 0.2
+
+
+class StartError(MeshError):
+    """Agents did not start; they are named on stderr."""
+
+
+async def run_processes(
+    place: Place,
+    config: MessageBusConfig,
+    agents: Collection[str] | None,
+    params: Mapping[str, str],
+) -> dict[str, Any]:
+    """
+    Run the programs of supervisord.conf to the end of their input; give the report.
+
+    Raises:
+        AlreadyRunningError: A mesh runs in this directory.
+        ConfigurationError: An agent refuses its settings.
+        StartError: An agent did not start.
+    """
+    rundir = place.rundir
+    with stop_signals() as stop:
+        await boot.up(place.project, rundir, params=params, agents=agents)
+        run = _Run(rundir, config, stop)
+        try:
+            return await run.report()
+        finally:
+            with contextlib.suppress(SupervisorError):
+                await boot.down(rundir)
+
+
+class _Run:
+    """One run over processes."""
+
+    def __init__(self, rundir: RunDir, config: MessageBusConfig, stop: asyncio.Event) -> None:
+        self._rundir = rundir
+        self._config = config
+        self._stop = stop
+        self._client = SupervisorClient(rundir.socket("supervisor"))
+        self._quiet = False
+
+    async def report(self) -> dict[str, Any]:
+        if not await unless(self._stop, self._start()):
+            say.note("interrupted before all agents were READY")
+        with Watch(self._views, self._hears) as watch:
+            if not self._stop.is_set():
+                await unless(self._stop, self._until_quiet(watch))
+            if self._stop.is_set():
+                await self._end_sources()
+                self._quiet = await watch.quiet()
+            return make_report(
+                self._views(),
+                self._hears(),
+                await self._portfolio(),
+                seconds=watch.seconds,
+                settled=True,
+                problems=self._problems(await self._client.processes()),
+            )
+
+    async def _start(self) -> None:
+        """Wait until all are READY; an agent that fails at its first start ends the run."""
+        waiting = asyncio.create_task(ready(self._rundir), name="ready")
+        guarding = asyncio.create_task(self._guard({"BACKOFF", "FATAL", "EXITED"}), name="guard")
+        try:
+            await asyncio.wait({waiting, guarding}, return_when=asyncio.FIRST_COMPLETED)
+            if guarding.done():
+                self._refuse(guarding.result())
+            elif tell_failures(self._rundir, waiting.result()):
+                raise StartError("the run was given up: not all agents started")
+        finally:
+            for task in (waiting, guarding):
+                task.cancel()
+            await asyncio.gather(waiting, guarding, return_exceptions=True)
+
+    async def _until_quiet(self, watch: Watch) -> None:
+        """Wait for the end of the input and what follows; an agent that is given up ends it too."""
+        working = asyncio.create_task(self._work(watch), name="work")
+        guarding = asyncio.create_task(self._guard({"FATAL", "EXITED", "STOPPED"}), name="guard")
+        try:
+            await asyncio.wait({working, guarding}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+        finally:
+            for task in (working, guarding):
+                task.cancel()
+            await asyncio.gather(working, guarding, return_exceptions=True)
+
+    async def _work(self, watch: Watch) -> None:
+        await watch.sources_done()
+        self._quiet = await watch.quiet()
+
+    async def _guard(self, states: Collection[str]) -> ProcessInfo:
+        """Return the first program that is in one of these states."""
+        while True:
+            for program in await self._client.processes():
+                tries_again = program.state == "BACKOFF" and program.name in INFRASTRUCTURE
+                if program.state in states and not tries_again:
+                    return program
+            await asyncio.sleep(_GUARD_S)
+
+    def _refuse(self, program: ProcessInfo) -> None:
+        words = f"{program.name}: {last_words(self._rundir, program)}"
+        if _last_exit_status(self._rundir, program.name) == EXIT_CONFIGURATION:
+            raise ConfigurationError(words)
+        raise StartError(f"{words}\nthe run was given up: not all agents started")
+
+    async def _end_sources(self) -> None:
+        for name, view in self._views().items():
+            if view.sources in ("waiting", "running"):
+                with contextlib.suppress(SupervisorError):
+                    await self._client.stop(name)
+
+    async def _portfolio(self) -> dict[str, Any]:
+        """Ask for the account; nothing when nobody keeps one."""
+        if not any(REPORT_REQUESTED in topics for topics in self._hears().values()):
+            return {}
+        async with make_broker(self._config, self._rundir.path) as broker:
+            publisher = EventPublisher(PublisherConfig(agent_name=_ASKER, broker=broker))
+            requester = Requester(broker, publisher)
+            try:
+                return dict((await requester.request(REPORT_REQUESTED, {})).data)
+            except MeshError as error:
+                say.note(str(error), "red")
+                return {}
+            finally:
+                await requester.close()
+                await publisher.close()
+
+    def _views(self) -> dict[str, LedgerView]:
+        views = read_ledgers(self._rundir.ledgers)
+        return {name: view for name, view in views.items() if name not in INFRASTRUCTURE}
+
+    def _hears(self) -> dict[str, frozenset[str]]:
+        return {name: frozenset(card.hears) for name, card in read_cards(self._rundir).items()}
+
+    def _problems(self, programs: list[ProcessInfo]) -> dict[str, str]:
+        views = self._views()
+        problems: dict[str, str] = {}
+        for program in programs:
+            view = views.get(program.name)
+            # A source that was told to stop has done so
+            stopped = program.state == "STOPPED" and self._stop.is_set()
+            if program.has_given_up and not stopped:
+                problems[program.name] = (
+                    f"{program.state}: {last_words(self._rundir, program)}"
+                )
+            elif view is not None and view.sources == "failed":
+                problems[program.name] = "its source failed"
+            elif view is not None and view.incarnation > 1:
+                problems[program.name] = f"was restarted {view.incarnation - 1} times"
+            elif view is not None and view.failed:
+                problems[program.name] = f"{view.failed} events could not be handled"
+        return problems
+
+
+def _last_exit_status(rundir: RunDir, name: str) -> int | None:
+    """Read a program's last exit status from supervisord's log: its RPC forgets it at a retry."""
+    try:
+        text = rundir.log("supervisord").read_text(errors="replace")
+    except OSError:
+        return None
+    found = re.findall(rf"exited: {re.escape(name)} \(exit status (\d+);", text)
+    return int(found[-1]) if found else None
