@@ -78,7 +78,7 @@ class Feed:
         cells = [
             cell.strip().lower() for cell in next(csv.reader([first], delimiter=self._dialect))
         ]
-        self._has_header = any(cell in (*_TIME_NAMES, *_TICK, *_BAR) for cell in cells)
+        self._has_header = not any(map(_is_value, cells))
         self._columns = self._by_header(cells) if self._has_header else self._by_count(cells)
         if not any(True for _ in self.rows()):
             example = f"; {self.examples[0]}" if self.examples else ""
@@ -150,6 +150,18 @@ class Feed:
         self.bad_rows += 1
         if len(self.examples) < self.MAX_EXAMPLES:
             self.examples.append(f"line {line}: {why}")
+
+
+def _is_value(text: str) -> bool:
+    """Say whether a cell holds a number or a moment, and is no name of a column."""
+    try:
+        parse_time(text)
+    except ValueError:
+        try:
+            float(text)
+        except ValueError:
+            return False
+    return True
 
 
 def parse_time(text: str) -> datetime:

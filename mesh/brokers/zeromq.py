@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
 import sys
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,7 +24,7 @@ import zmq
 
 from mesh.broker import MessageBroker
 from mesh.codec import MAX_FRAME_BYTES
-from mesh.env import mesh_dir
+from mesh.env import is_supervised, mesh_dir
 from mesh.errors import BrokerUnavailableError
 from mesh.rundir import RunDir
 from mesh.topics import DELIMITER, MAX_TOPIC_LENGTH, check_topic
@@ -96,7 +97,7 @@ class ZeroMQMessageBroker(MessageBroker):
         self._loop.add_reader(self._subscriber.fileno(), self._drain)
         self._loop.add_reader(self._publisher.fileno(), self._read_subscriptions)
         spawned: subprocess.Popen[bytes] | None = None
-        if not forwarder_lives(self._rundir):
+        if _is_alone(self._rundir):
             spawned = await asyncio.to_thread(_spawn_forwarder, self._rundir)
         try:
             await self._barrier(self._connect_timeout_s)
@@ -111,8 +112,8 @@ class ZeroMQMessageBroker(MessageBroker):
         await self._close_channels()
         if self._context is None:
             return
-        for socket in (self._subscriber, self._publisher):
-            self._loop.remove_reader(socket.fileno())
+        for each in (self._subscriber, self._publisher):
+            self._loop.remove_reader(each.fileno())
         self._subscriber.close(linger=0)
         # What was accepted shall leave, but a dead forwarder must not hold us up
         self._publisher.close(linger=1000)
@@ -121,17 +122,17 @@ class ZeroMQMessageBroker(MessageBroker):
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         assert self._context is not None
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.SNDHWM, HIGH_WATER_FRAMES)
-        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_FRAMES)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + MAX_TOPIC_LENGTH + 1)
-        socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
+        made = self._context.socket(kind)
+        made.setsockopt(zmq.SNDHWM, HIGH_WATER_FRAMES)
+        made.setsockopt(zmq.RCVHWM, HIGH_WATER_FRAMES)
+        made.setsockopt(zmq.LINGER, 0)
+        made.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + MAX_TOPIC_LENGTH + 1)
+        made.setsockopt(zmq.RECONNECT_IVL, 50)
+        made.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         # Without these a frozen forwarder raises no event at all
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 500)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 1500)
-        return socket
+        made.setsockopt(zmq.HEARTBEAT_IVL, 500)
+        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 1500)
+        return made
 
     # -- readiness -----------------------------------------------------------------------------
 
@@ -299,9 +300,17 @@ class _Probe:
         self.returned = asyncio.Event()
 
 
-def forwarder_lives(rundir: RunDir) -> bool:
-    """Say whether a forwarder holds its lock in this run directory."""
-    return rundir.holder(rundir.lock("forwarder")) is not None
+def _is_alone(rundir: RunDir) -> bool:
+    """
+    Say whether nobody forwards here, nor will.
+
+    Where supervisord keeps the forwarder, one that is not there yet (or was killed) comes by itself;
+    a second one would only take its place.
+    """
+    if is_supervised() or rundir.holder(rundir.lock("forwarder")) is not None:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
+        return door.connect_ex(str(rundir.socket("supervisor"))) != 0
 
 
 def _spawn_forwarder(rundir: RunDir) -> subprocess.Popen[bytes]:
