@@ -304,8 +304,8 @@ def _is_alone(rundir: RunDir) -> bool:
     """
     Say whether nobody forwards here, nor will.
 
-    Where supervisord keeps the forwarder, one that is not there yet (or was killed) comes by itself;
-    a second one would only take its place.
+    Where supervisord keeps the forwarder, one that is not there yet (or was killed) comes by
+    itself; a second one would only take its place.
     """
     if is_supervised() or rundir.holder(rundir.lock("forwarder")) is not None:
         return False

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +16,7 @@ from tests.plumbing.processes import ROOT, is_alive, run_mesh, run_python, wait_
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
@@ -43,7 +43,8 @@ for row in synthetic(11, 3000):
     if row.line in (100, 200):
         print(f"{row.time.isoformat()},1,2,nan,x,1")
     price = (row.bid + row.ask) / 2
-    print(f"{(row.time + timedelta(minutes=row.line)).isoformat()},{price},{price+1},{price-1},{price},5")
+    moment = (row.time + timedelta(minutes=row.line)).isoformat()
+    print(f"{moment},{price},{price+1},{price-1},{price},5")
 """
     path = tmp_path / "bars.csv"
     path.write_text(run_python(code).out)
@@ -80,7 +81,7 @@ def ready_again(project: Path, name: str, old_pid: int, within_s: float) -> floa
 
     def is_back() -> bool:
         row = programs(project)[name]
-        return row["state"] == "ready" and row["pid"] != old_pid
+        return bool(row["state"] == "ready" and row["pid"] != old_pid)
 
     wait_until(is_back, within_s=within_s)
     return time.monotonic() - begun
@@ -151,7 +152,7 @@ def test_a_killed_process_is_back_and_nobody_else_restarts(project: Path, victim
 
 @pytest.mark.fault
 def test_what_a_killed_agent_missed_is_counted_to_the_event(project: Path) -> None:
-    """Whatever was published is handled or lost once the source has ended; nothing is in between."""
+    """Once the source has ended, whatever it said is handled or counted as lost."""
     with mesh_up(project, "--param", "speed=1000", "--param", "bars=20000"):
         victim = pids(project)["features"]
         wait_until(lambda: programs(project)["features"]["handled"] > 500)
@@ -259,9 +260,7 @@ def test_the_test_of_a_new_agent_passes(project: Path) -> None:
         ("x = 1", "no agent class"),
     ],
 )
-def test_a_broken_script_is_told_and_the_others_run(
-    project: Path, script: str, words: str
-) -> None:
+def test_a_broken_script_is_told_and_the_others_run(project: Path, script: str, words: str) -> None:
     (project / "agents" / "signals.py").write_text(script)
 
     started = run_mesh("up", "-d", cwd=project, timeout_s=60)

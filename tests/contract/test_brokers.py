@@ -1,0 +1,179 @@
+"""One suite for all brokers: what live delivery promises."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mesh.brokers.memory import InMemoryMessageBroker
+from mesh.brokers.zeromq import ZeroMQMessageBroker
+from mesh.errors import ClosedError, NotConnectedError, TopicError
+from mesh.rundir import RunDir
+from tests.plumbing.processes import eventually, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from mesh.broker import MessageBroker
+
+
+class Ear:
+    """Keeps what it hears; can be full."""
+
+    def __init__(self, room: int = 10**9) -> None:
+        self.frames: list[tuple[str, bytes]] = []
+        self.room = room
+
+    def receive(self, topic: str, frame: bytes) -> None:
+        self.frames.append((topic, frame))
+
+    def has_room(self) -> bool:
+        return len(self.frames) < self.room
+
+
+@pytest.fixture(params=["memory", "zmq"])
+async def pair(
+    request: pytest.FixtureRequest, own_mesh_dir: Path
+) -> AsyncIterator[tuple[MessageBroker, MessageBroker]]:
+    """A publisher's and a consumer's broker on one fabric."""
+    if request.param == "memory":
+        one = InMemoryMessageBroker()
+        await one.connect()
+        yield one, one
+        await one.close()
+        return
+    brokers = ZeroMQMessageBroker(own_mesh_dir), ZeroMQMessageBroker(own_mesh_dir)
+    for broker in brokers:
+        await broker.connect()
+    yield brokers
+    for broker in brokers:
+        await broker.close()
+    rundir = RunDir(own_mesh_dir)
+    wait_until(lambda: rundir.holder(rundir.lock("forwarder")) is None)
+
+
+def frame(number: int) -> bytes:
+    """What passes the forwarder's look at the envelope; brokers do not look inside."""
+    return b"{%d" % number
+
+
+def _has_heard(ear: Ear) -> bool:
+    return bool(ear.frames)
+
+
+def number_in(one: bytes) -> int:
+    return int(one[1:])
+
+
+Pair = tuple["MessageBroker", "MessageBroker"]
+
+
+async def test_the_first_frame_after_attach_arrives(pair: Pair) -> None:
+    """No slow joiner: fifty subscriptions, fifty first frames."""
+    out, into = pair
+    for number in range(50):
+        ear = Ear()
+        await into.attach([f"topic.{number}"], ear)
+
+        await out.send(f"topic.{number}", frame(1))
+        await eventually(partial(_has_heard, ear))
+
+        assert ear.frames == [(f"topic.{number}", frame(1))]
+
+
+async def test_frames_keep_their_order(pair: Pair) -> None:
+    """Below the high-water mark of 2,000 frames nothing is lost, however slowly it is read."""
+    out, into = pair
+    ear = Ear()
+    await into.attach(["t"], ear)
+
+    for number in range(1500):
+        await out.send("t", frame(number))
+    await eventually(lambda: len(ear.frames) == 1500)
+
+    assert [number_in(one) for _, one in ear.frames] == list(range(1500))
+
+
+async def test_a_topic_is_exact(pair: Pair) -> None:
+    """ORDER never matches ORDER_CANCELLED."""
+    out, into = pair
+    ear = Ear()
+    await into.attach(["ORDER"], ear)
+
+    await out.send("ORDER_CANCELLED", frame(1))
+    await out.send("ORDER.x", frame(1))
+    await out.send("ORDER", frame(2))
+    await eventually(lambda: ear.frames)
+
+    assert ear.frames == [("ORDER", frame(2))]
+
+
+async def test_every_receiver_gets_every_frame(pair: Pair) -> None:
+    out, into = pair
+    ears = [Ear() for _ in range(8)]
+    for ear in ears:
+        await into.attach(["t"], ear)
+
+    await out.send("t", frame(1))
+    await eventually(lambda: all(ear.frames for ear in ears))
+
+    assert [ear.frames for ear in ears] == [[("t", frame(1))]] * 8
+
+
+async def test_a_full_receiver_stops_the_reading_and_resumes(pair: Pair) -> None:
+    out, into = pair
+    ear, flag = Ear(room=10), Ear()
+    await into.attach(["t"], ear)
+
+    sent = 0
+    for number in range(100):
+        if out.try_send("t", frame(number)):
+            sent += 1
+    await eventually(lambda: len(ear.frames) >= 10)
+    assert len(ear.frames) == 10
+
+    ear.room = 10**9
+    into.resume(ear)
+    await eventually(lambda: len(ear.frames) == sent)
+
+    assert [number_in(one) for _, one in ear.frames] == list(range(sent))
+    assert flag.frames == []
+
+
+async def test_a_detached_receiver_hears_nothing(pair: Pair) -> None:
+    out, into = pair
+    gone, still = Ear(), Ear()
+    await into.attach(["t"], gone)
+    await into.attach(["t"], still)
+
+    await into.detach(gone)
+    await out.send("t", frame(1))
+    await eventually(lambda: still.frames)
+
+    assert gone.frames == []
+
+
+async def test_bad_topics_are_refused(pair: Pair) -> None:
+    _, into = pair
+    for name in ("", "a b", "a\0b", "a\nb", "x" * 129, "é"):
+        with pytest.raises(TopicError):
+            await into.attach([name], Ear())
+
+
+async def test_a_closed_broker_says_so(pair: Pair) -> None:
+    out, _ = pair
+    await out.close()
+    await out.close()
+
+    with pytest.raises(ClosedError):
+        await out.publish("t", {})
+
+
+async def test_zmq_before_connect_says_what_to_call(own_mesh_dir: Path) -> None:
+    broker = ZeroMQMessageBroker(own_mesh_dir)
+
+    with pytest.raises(NotConnectedError, match=r"not connected; call `await broker.connect\(\)`"):
+        await broker.publish("t", {"x": 1})
