@@ -1,0 +1,96 @@
+"""CSV files as they come."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agents.feed import Feed, parse_time
+from mesh import ConfigurationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MOMENT = "2013-01-01T22:00:00+00:00"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2013-01-01 22:00:00",
+        "2013-01-01T22:00:00Z",
+        "2013-01-01 22:00:00.000000+00:00",
+        "2013-01-01T23:00:00+01:00",
+        "1357077600",
+        "1357077600000",
+        "1357077600000000",
+        "1357077600000000000",
+    ],
+)
+def test_common_forms_of_time_are_read(text: str) -> None:
+    assert parse_time(text).isoformat() == MOMENT
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"timestamp,bid,ask\n{MOMENT},1.5,1.6\n",
+        f"\ufefftimestamp,bid,ask\r\n{MOMENT},1.5,1.6\r\n",
+        f"Ask;Time;Bid\n1.6;{MOMENT};1.5\n",
+        f"{MOMENT},1.5,1.6\n",
+        f"{MOMENT}\t1.5\t1.6",
+        f"\n\ntimestamp,bid,ask,venue\n\n{MOMENT}, 1.5 ,1.6,x\n",
+    ],
+)
+def test_ticks_are_read_however_they_were_written(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "ticks.csv"
+    path.write_text(content)
+    feed = Feed(path)
+
+    feed.check()
+    (row,) = feed.rows()
+
+    assert (row.time.isoformat(), row.bid, row.ask) == (MOMENT, 1.5, 1.6)
+    assert feed.bad_rows == 0
+
+
+BAD_ROWS = ("nan,1", "inf,1", "x,1", ",", "2,1", "-1,1", "0,1", "1")
+
+
+def test_bad_rows_are_counted_and_told_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "ticks.csv"
+    lines = ["timestamp,bid,ask", f"{MOMENT},1,2"]
+    lines += [f"{MOMENT},{row}" for row in BAD_ROWS]
+    path.write_text("\n".join([*lines, "yesterday,1,2", f"{MOMENT},3,4"]))
+    feed = Feed(path)
+
+    feed.check()
+    rows = list(feed.rows())
+
+    assert [row.bid for row in rows] == [1, 3]
+    assert feed.bad_rows == len(BAD_ROWS) + 1
+    assert feed.examples[0].startswith("line 3: bid nan")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        ("", "empty"),
+        ("\n\n", "empty"),
+        ("a,b,c\n1,2,3\n", "columns a, b, c"),
+        ("1,2\n", "2 columns without a header"),
+        ("timestamp,bid,ask\n", "no usable row"),
+        ("timestamp,bid,ask\nx,y,z\n", "no usable row; line 2"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told(
+    tmp_path: Path, content: str | None, words: str
+) -> None:
+    path = tmp_path / "ticks.csv"
+    if content is not None:
+        path.write_text(content)
+
+    with pytest.raises(ConfigurationError, match=words):
+        Feed(path).check()

@@ -1,0 +1,163 @@
+"""The wire: golden frames, and what is no frame."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesh import codec
+from mesh.errors import EventTooLargeError, FrameError, PayloadError
+from mesh.events import Event, EventType, event_type
+
+WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+TOPIC = EventType.MARKET_DATA_RECEIVED
+EVENT = Event(TOPIC, {"p": 1.5}, "feed", WHEN, "c-1", "e-1", key="BTC")
+
+GOLDEN_EVENT = bytes.fromhex(
+    "88ab7370656376657273696f6ea3312e30a474797065b46d61726b65742e646174612e72656365697665"
+    "64a46461746181a170cb3ff8000000000000a6736f75726365a466656564a474696d65d6ff695735a5ad"
+    "636f7272656c6174696f6e6964a3632d31a26964a3652d31ac706172746974696f6e6b6579a3425443"
+)
+GOLDEN_JSON = (
+    b'{"specversion":"1.0","type":"market.data.received","data":{"p":1.5},"source":"feed",'
+    b'"time":"2026-01-02T03:04:05Z","correlationid":"c-1","id":"e-1","partitionkey":"BTC",'
+    b'"sequence":8,"epoch":7}'
+)
+
+
+class Tick(msgspec.Struct, frozen=True):
+    symbol: str
+    price: float
+
+
+TICK = event_type("test.codec.tick", schema=Tick)
+
+
+def batch(*events: Event) -> bytes:
+    body = bytearray()
+    for event in events:
+        codec.pack_into(event, body, -1)
+    return codec.seal_batch(codec.batch_prefix("feed"), 7, 8, len(events), body)
+
+
+def test_the_golden_frames_decode_for_ever() -> None:
+    header = b"\xc1\x01\x04feed" + (7).to_bytes(8, "big") + (8).to_bytes(8, "big") + b"\x00\x01"
+    golden_batch = header + b"\xdd\x00\x00\x00\x01" + GOLDEN_EVENT
+
+    assert codec.encode_single(EVENT) == GOLDEN_EVENT
+    assert batch(EVENT) == golden_batch
+    assert codec.encode_json(EVENT, epoch=7, sequence=8) == GOLDEN_JSON
+    for frame in (GOLDEN_EVENT, golden_batch, GOLDEN_JSON, b"[" + GOLDEN_JSON + b"]"):
+        decoded = codec.decode_frame(TOPIC, frame)
+        assert decoded.events == [EVENT]
+        assert decoded.events[0].type is TOPIC
+    assert (decoded.publisher, decoded.epoch, decoded.first, decoded.count) == ("feed", 7, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        (b"", "undecodable"),
+        (b"\x00", "undecodable"),
+        (b"\xc1", "undecodable"),
+        (b"\xc1\x02\x00" + bytes(30), "unknown_version"),
+        (b"{", "undecodable"),
+        (b'{"specversion":"9.9","type":"x","data":{},"source":"s"}', "unknown_version"),
+        (b'{"specversion":"1.0","type":"x"}', "invalid"),
+        (b'{"a":' + b"[" * 200_000, "too_deep"),
+        (b"{" + b" " * codec.MAX_FRAME_BYTES, "too_large"),
+    ],
+)
+def test_what_is_no_frame_is_refused_with_a_reason(frame: bytes, reason: str) -> None:
+    with pytest.raises(FrameError) as caught:
+        codec.decode_frame(TOPIC, frame)
+
+    assert caught.value.reason == reason
+
+
+def deep(levels: int) -> dict[str, object]:
+    value: dict[str, object] = {}
+    for _ in range(levels):
+        value = {"d": value}
+    return value
+
+
+def test_one_broken_event_does_not_take_its_neighbours_along() -> None:
+    good = msgspec.msgpack.encode(EVENT)
+    wrong_type = good.replace(b"market.data.received", b"market.data.REceived")
+    too_deep = msgspec.msgpack.encode(msgspec.structs.replace(EVENT, data=deep(40)))
+    not_a_map = msgspec.msgpack.encode([1, 2])
+    head = codec.batch_prefix("feed") + (7).to_bytes(8, "big") * 2 + b"\x00\x05"
+    body = b"".join((good, wrong_type, too_deep, not_a_map, good))
+
+    decoded = codec.decode_frame(TOPIC, head + b"\xdd\x00\x00\x00\x05" + body)
+
+    assert decoded.events == [EVENT, EVENT]
+    assert decoded.rejected is not None
+    assert [reason for reason, _, _ in decoded.rejected] == ["wrong_topic", "too_deep", "invalid"]
+
+
+def test_too_many_items_are_refused() -> None:
+    bomb = codec.encode_single(msgspec.structs.replace(EVENT, data={"a": [[]] * 20_000}))
+
+    decoded = codec.decode_frame(TOPIC, bomb)
+
+    assert decoded.events == []
+    assert decoded.rejected is not None
+    assert decoded.rejected[0][0] == "too_many_items"
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=300))
+def test_random_bytes_never_raise_anything_else(frame: bytes) -> None:
+    try:
+        codec.decode_frame(TOPIC, frame)
+    except FrameError:
+        pass
+
+
+@settings(max_examples=500)
+@given(st.integers(0, 10_000), st.integers(0, 255), st.booleans())
+def test_mutated_frames_never_raise_anything_else(at: int, byte: int, cut: bool) -> None:
+    frame = bytearray(batch(EVENT, EVENT, EVENT))
+    frame[at % len(frame)] = byte
+    try:
+        codec.decode_frame(TOPIC, bytes(frame[: at % len(frame)] if cut else frame))
+    except FrameError:
+        pass
+
+
+def test_a_payload_error_names_type_field_expected_and_got() -> None:
+    encode = codec.payload_encoder(TICK)
+
+    with pytest.raises(PayloadError) as caught:
+        encode({"symbol": "BTC", "price": "high"})
+
+    words = str(caught.value)
+    for expected in ("test.codec.tick", "Tick", "`float`", "`str`", "$.price"):
+        assert expected in words
+
+
+@pytest.mark.parametrize("bad", [{1: "x"}, {"x": deep(40)}, ["x"], {"x": {2: 3}}, 7])
+def test_payloads_that_cannot_travel_are_refused_at_the_publisher(bad: object) -> None:
+    with pytest.raises(PayloadError):
+        codec.payload_encoder("free.form")(bad)
+
+
+def test_an_event_over_the_limit_is_refused() -> None:
+    with pytest.raises(EventTooLargeError, match="the limit is 262144"):
+        codec.encode_single(msgspec.structs.replace(EVENT, data={"x": "y" * 300_000}))
+
+
+def test_own_types_come_back_as_what_they_were_declared() -> None:
+    event = Event(TICK, {"symbol": "BTC", "price": 1.0}, "feed", WHEN, "c", "e")
+
+    (back,) = codec.decode_frame(TICK, codec.encode_single(event)).events
+
+    assert back == event
+    assert isinstance(back, Event)
+    assert back.type == TICK

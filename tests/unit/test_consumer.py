@@ -1,0 +1,196 @@
+"""Consumers: gaps, time limits, retries, lanes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from mesh import (
+    Agent,
+    AgentContext,
+    ConsumerConfig,
+    Event,
+    EventConsumer,
+    EventHandlerRegistry,
+    EventPublisher,
+    HandlerPriority,
+    InMemoryMessageBroker,
+    PublisherConfig,
+    on,
+)
+from mesh.ledger import Ledger, account, view_of
+from mesh.testing import FakeClock
+from tests.plumbing.processes import eventually
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Lossy(InMemoryMessageBroker):
+    """Loses frames on demand."""
+
+    losing = False
+
+    def try_send(self, topic: str, frame: bytes) -> bool:
+        return True if self.losing else super().try_send(topic, frame)
+
+
+async def consume(
+    broker: InMemoryMessageBroker, ledger: Ledger | None = None
+) -> tuple[EventConsumer, list[int]]:
+    registry = EventHandlerRegistry()
+    heard: list[int] = []
+
+    async def hear(event: Event) -> None:
+        heard.append(event.data["n"])
+
+    consumer = EventConsumer(
+        ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry, ledger=ledger)
+    )
+    await registry.register("t.x", hear, "ear", "hear")
+    await consumer.start()
+    return consumer, heard
+
+
+async def say(publisher: EventPublisher, *numbers: int) -> None:
+    for number in numbers:
+        await publisher.publish("t.x", {"n": number})
+    await publisher.flush()
+
+
+async def test_every_lost_event_is_counted() -> None:
+    broker = Lossy()
+    publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
+    consumer, heard = await consume(broker)
+
+    await say(publisher, 1, 2)
+    broker.losing = True
+    await say(publisher, 3, 4, 5)
+    broker.losing = False
+    await say(publisher, 6)
+    await consumer.drained()
+
+    assert heard == [1, 2, 6]
+    assert consumer.ledger.lost() == 3
+    await consumer.stop()
+    await publisher.close()
+    await broker.close()
+
+
+async def test_losses_are_counted_over_the_death_of_both_ends(tmp_path: Path) -> None:
+    """A successor goes on with its predecessor's file; the tail counts as well."""
+    broker = Lossy()
+    mouth, ear = tmp_path / "mouth", tmp_path / "ear"
+
+    said = Ledger.open(mouth)
+    publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker, ledger=said))
+    first, _ = await consume(broker, Ledger.open(ear))
+    await say(publisher, 1, 2)
+    await first.drained()
+    await first.stop()
+    await say(publisher, 3, 4)
+    said = Ledger.open(mouth)
+    publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker, ledger=said))
+    second, heard = await consume(broker, Ledger.open(ear))
+    await say(publisher, 5)
+    await second.drained()
+    broker.losing = True
+    await say(publisher, 6, 7, 8)
+
+    views = {"mouth": view_of("mouth", said), "ear": view_of("ear", second.ledger)}
+    link = account(views, settled=True).links["mouth>t.x>ear"]
+    assert heard == [5]
+    assert (link.published, link.lost) == (8, 2 + 3)
+    await second.stop()
+    await broker.close()
+
+
+async def test_a_handler_over_its_limit_is_cancelled_and_the_next_event_is_handled() -> None:
+    broker = InMemoryMessageBroker()
+    registry = EventHandlerRegistry()
+    done: list[int] = []
+
+    async def slow(event: Event) -> None:
+        if event.data["n"] == 1:
+            await asyncio.Event().wait()
+        done.append(event.data["n"])
+
+    consumer = EventConsumer(
+        ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry)
+    )
+    await registry.register("t.x", slow, "ear", "slow", timeout_s=0.1)
+    await consumer.start()
+    publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
+
+    await say(publisher, 1, 2)
+    await eventually(lambda: done == [2])
+
+    (letter,) = consumer.dead_letters.newest
+    assert (letter.reason, letter.handler) == ("timeout", "slow")
+    await consumer.stop()
+    await publisher.close()
+    await broker.close()
+
+
+async def test_a_failing_handler_is_tried_again_with_pauses() -> None:
+    broker, clock = InMemoryMessageBroker(), FakeClock()
+    registry = EventHandlerRegistry()
+    tries: list[float] = []
+
+    async def third_time_lucky(event: Event) -> None:
+        tries.append(clock.mono_s())
+        if len(tries) < 3:
+            raise ValueError("not yet")
+
+    consumer = EventConsumer(
+        ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry, clock=clock)
+    )
+    await registry.register("t.x", third_time_lucky, "ear", "lucky")
+    await consumer.start()
+    publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
+
+    await say(publisher, 1)
+    for _ in range(20):
+        await clock.advance(0.05)
+    await consumer.drained()
+
+    assert len(tries) == 3
+    assert tries[2] - tries[1] > tries[1] - tries[0] > 0
+    assert consumer.dead_letters.total == 0
+    await consumer.stop()
+    await publisher.close()
+    await broker.close()
+
+
+async def test_an_urgent_event_overtakes_a_backlog() -> None:
+    order: list[str] = []
+    go = asyncio.Event()
+
+    class Busy(Agent):
+        @on("slow.x", priority=HandlerPriority.LOW)
+        async def on_slow(self, event: Event) -> None:
+            order.append(f"slow {event.data['n']}")
+            await go.wait()
+
+        @on("urgent.x", priority=HandlerPriority.CRITICAL)
+        async def on_urgent(self, event: Event) -> None:
+            order.append("urgent")
+
+    broker = InMemoryMessageBroker()
+    agent = Busy(AgentContext(name="busy", broker=broker))
+    await agent.open()
+    publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
+    for number in range(3):
+        await publisher.publish("slow.x", {"n": number})
+    await publisher.flush()
+    await eventually(lambda: order)
+
+    await publisher.publish("urgent.x", {})
+    await publisher.flush()
+    go.set()
+    await agent.consumer.drained()
+
+    assert order == ["slow 0", "urgent", "slow 1", "slow 2"]
+    await agent.close()
+    await publisher.close()
+    await broker.close()
