@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from mesh.cli import say
-from mesh.cli.exits import EXIT_WRONG
 from mesh.cli.place import Place, directory_option
 from mesh.cli.starting import ready, tell_failures
+from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
 from mesh.supervision.supervisord import SupervisorClient
 
@@ -60,7 +60,7 @@ async def _restart(rundir: RunDir, names: tuple[str, ...]) -> int:
     for each in states:
         if each.verdict == "ready":
             say.line(f"{each.name} is READY (pid {each.pid})", "green")
-    return EXIT_WRONG if tell_failures(rundir, states) else 0
+    return EXIT_BUG if tell_failures(rundir, states) else 0
 
 
 async def _reload(place: Place) -> int:
@@ -76,7 +76,7 @@ async def _reload(place: Place) -> int:
     for each in states:
         if each.verdict == "ready":
             say.line(f"{each.name} is READY (pid {each.pid})", "green")
-    return EXIT_WRONG if tell_failures(rundir, states) else 0
+    return EXIT_BUG if tell_failures(rundir, states) else 0
 
 
 def _client(rundir: RunDir) -> SupervisorClient:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mesh.errors import (
+    EXIT_BUG,
     EXIT_CONFIGURATION,
     EXIT_LOCKED,
     AlreadyRunningError,
@@ -23,11 +24,12 @@ EXIT_INTERRUPTED = 130
 
 MEANINGS = {
     0: "all is well",
-    EXIT_WRONG: "something is wrong: an agent failed, a check of `mesh doctor` failed",
+    EXIT_WRONG: "something is wrong; the words say what",
     EXIT_USAGE: "the command line is wrong",
     EXIT_NO_MESH: "no mesh runs in this directory",
     EXIT_DATA: "the given event cannot travel: bad JSON, topic or payload",
     EXIT_UNAVAILABLE: "the fabric does not answer",
+    EXIT_BUG: "an agent failed",
     EXIT_LOCKED: "a mesh runs in this directory already",
     EXIT_CONFIGURATION: "the configuration cannot be used; nothing was started",
     EXIT_INTERRUPTED: "interrupted",
@@ -38,11 +40,16 @@ class NoMeshError(MeshError):
     """No mesh runs in the directory that was asked about."""
 
 
+class AgentFailedError(MeshError):
+    """An agent did not start, or ended by itself; the message names it."""
+
+
 _CODES: tuple[tuple[type[MeshError], int], ...] = (
     (ConfigurationError, EXIT_CONFIGURATION),
     (AlreadyRunningError, EXIT_LOCKED),
     (NoMeshError, EXIT_NO_MESH),
     (SupervisorUnavailableError, EXIT_NO_MESH),
+    (AgentFailedError, EXIT_BUG),
     (PayloadError, EXIT_DATA),
     (TopicError, EXIT_DATA),
     (BrokerUnavailableError, EXIT_UNAVAILABLE),

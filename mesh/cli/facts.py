@@ -23,8 +23,10 @@ class ProgramFacts:
     """How one program is doing."""
 
     name: str
-    #: supervisord's word: RUNNING, BACKOFF, FATAL, ...
+    #: ready, starting, silent, failed or stopped.
     state: str
+    #: supervisord's word: RUNNING, BACKOFF, FATAL, ...
+    supervisor_state: str
     pid: int | None
     uptime_s: float | None
     ready: bool
@@ -54,6 +56,7 @@ class MeshFacts:
     programs: list[ProgramFacts]
     links: dict[str, LinkAccount]
     lost: int
+    in_flight: int
 
     @property
     def problems(self) -> list[str]:
@@ -68,6 +71,7 @@ class MeshFacts:
             "well": not self.problems,
             "problems": self.problems,
             "lost": self.lost,
+            "in_flight": self.in_flight,
             "lost_by_link": {name: link.lost for name, link in self.links.items() if link.lost},
             "programs": [asdict(each) for each in self.programs],
             "links": {name: asdict(link) for name, link in self.links.items()},
@@ -92,6 +96,7 @@ async def look(rundir: RunDir) -> MeshFacts:
         programs=[_facts(rundir, each, views.get(each.name)) for each in processes],
         links=dict(joined.links),
         lost=joined.lost,
+        in_flight=joined.in_flight,
     )
 
 
@@ -105,7 +110,8 @@ def _facts(rundir: RunDir, process: ProcessInfo, view: LedgerView | None) -> Pro
     )
     return ProgramFacts(
         name=process.name,
-        state=process.state,
+        state=_state(process, ready=ready, age_s=age_s),
+        supervisor_state=process.state,
         pid=process.pid or None,
         uptime_s=max(0.0, time.time() - process.started_at_s) if runs else None,
         ready=ready,
@@ -126,6 +132,16 @@ def _facts(rundir: RunDir, process: ProcessInfo, view: LedgerView | None) -> Pro
         last_words=last_words(rundir, process) if ended_badly else None,
         problems=_problems(process, view, ready=ready, age_s=age_s),
     )
+
+
+def _state(process: ProcessInfo, *, ready: bool, age_s: float | None) -> str:
+    if process.state == "STOPPED":
+        return "stopped"
+    if process.has_given_up:
+        return "failed"
+    if not ready:
+        return "starting"
+    return "ready" if age_s is None or age_s <= STALE_BEAT_S else "silent"
 
 
 def _problems(

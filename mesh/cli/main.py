@@ -7,7 +7,6 @@ The entry point `mesh`: a group whose commands load when they are called.
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,12 +26,12 @@ COMMANDS = {
     "status": ("status", "Show how every agent is doing, and what was lost."),
     "restart": ("change", "Restart single agents."),
     "reload": ("change", "Take up what changed in supervisord.conf; start only what is new."),
-    "logs": ("logs", "Show and follow the agents' logs."),
+    "logs": ("logbook", "Show and follow the agents' logs."),
     "tail": ("tail", "Listen to events as they happen."),
     "publish": ("publish", "Say an event."),
     "agents": ("agents", "Show who hears and says what."),
-    "new": ("new", "Write a new agent: script, test, and its place in supervisord.conf."),
-    "doctor": ("doctor", "Check the environment, the run directory and the running mesh."),
+    "new": ("scaffold", "Write a new agent: script, test, and its place in supervisord.conf."),
+    "doctor": ("checkup", "Check the environment, the run directory and the running mesh."),
 }
 
 
@@ -93,7 +92,9 @@ class MeshGroup(click.Group):
     epilog="Every command teaches itself: mesh COMMAND --help",
 )
 @click.version_option(package_name="legion-mesh", prog_name="mesh")
-def cli() -> None:
+@click.option("--dir", "directory", metavar="DIR", help="As the option of each command.")
+@click.pass_context
+def cli(context: click.Context, directory: str | None) -> None:
     """
     A mesh of agents: each its own supervised process, joined by typed events.
 
@@ -106,6 +107,8 @@ def cli() -> None:
       mesh reload          let it join
       mesh down            stop them all
     """  # noqa: D301 - click's mark for lines it must not wrap
+    if directory is not None:
+        context.default_map = {name: {"directory": directory} for name in COMMANDS}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,4 +124,4 @@ def _leaf(error: BaseException) -> MeshError:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

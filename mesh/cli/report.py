@@ -19,9 +19,7 @@ _LIFE = "agent."
 def work_published(views: Mapping[str, LedgerView]) -> dict[str, int]:
     """Count the events by type, without those of the agents' own lives."""
     published = account(views).published
-    return {
-        topic: published[topic] for topic in sorted(published) if not topic.startswith(_LIFE)
-    }
+    return {topic: published[topic] for topic in sorted(published) if not topic.startswith(_LIFE)}
 
 
 def began_at_s(views: Mapping[str, LedgerView]) -> float | None:
@@ -71,6 +69,7 @@ def make_report(
         "fills_digest": portfolio.get("fills_digest"),
         "realised_pnl": portfolio.get("realised_pnl"),
         **{key: value for key, value in portfolio.items() if key not in ("orders", "fills")},
+        "bad_rows": sum(view.dropped.get("bad_rows", 0) for view in views.values()),
         "lost": joined.lost,
         "lost_by_link": joined.lost_by_link,
         "agents": {name: _agent(view, problems.get(name)) for name, view in views.items()},
@@ -88,6 +87,7 @@ def show_report(report: Mapping[str, Any]) -> None:
         ("fills digest", report["fills_digest"]),
         *((_words(key), report[key]) for key in _MONEY if report.get(key) is not None),
         ("positions", _positions(report.get("positions"))),
+        ("bad rows skipped", report["bad_rows"] or None),
         ("seconds", report["seconds"]),
         ("events/s", f"{report['events_per_s']:,}"),
         ("latency p50", say.micros(latency["p50"])),

@@ -23,7 +23,7 @@ from mesh.cli.place import (
 )
 from mesh.cli.report import show_report
 from mesh.config import MessageBusConfig
-from mesh.errors import ConfigurationError
+from mesh.errors import EXIT_BUG, ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def run(
     Starts the agents of supervisord.conf, waits until the input has ended and everything that
     followed from it is handled, asks the portfolio for its account and takes everything down.
     Ctrl-C ends it early, with the report so far. Exit code 0 when every agent was fine and nothing
-    was lost.
+    was lost, 1 when something was lost, 70 when an agent failed.
 
     \b
     Example:
@@ -83,8 +83,9 @@ def run(
         say.as_json(report)
     else:
         show_report(report)
-    fine = not report["lost"] and not any(each["problem"] for each in report["agents"].values())
-    sys.exit(0 if fine else EXIT_WRONG)
+    if any(each["problem"] for each in report["agents"].values()):
+        sys.exit(EXIT_BUG)
+    sys.exit(EXIT_WRONG if report["lost"] else 0)
 
 
 def _pipeline_params(

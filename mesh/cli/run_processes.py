@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.card import read_cards
 from mesh.cli import say
+from mesh.cli.exits import AgentFailedError
 from mesh.cli.report import make_report
 from mesh.cli.run_memory import REPORT_REQUESTED
 from mesh.cli.signals import stop_signals, unless
@@ -36,10 +37,6 @@ _ASKER = "mesh-run"
 _GUARD_S = 0.2
 
 
-class StartError(MeshError):
-    """Agents did not start; they are named on stderr."""
-
-
 async def run_processes(
     place: Place,
     config: MessageBusConfig,
@@ -52,7 +49,7 @@ async def run_processes(
     Raises:
         AlreadyRunningError: A mesh runs in this directory.
         ConfigurationError: An agent refuses its settings.
-        StartError: An agent did not start.
+        AgentFailedError: An agent did not start.
     """
     rundir = place.rundir
     with stop_signals() as stop:
@@ -102,7 +99,7 @@ class _Run:
             if guarding.done():
                 self._refuse(guarding.result())
             elif tell_failures(self._rundir, waiting.result()):
-                raise StartError("the run was given up: not all agents started")
+                raise AgentFailedError("the run was given up: not all agents started")
         finally:
             for task in (waiting, guarding):
                 task.cancel()
@@ -138,7 +135,7 @@ class _Run:
         words = f"{program.name}: {last_words(self._rundir, program)}"
         if _last_exit_status(self._rundir, program.name) == EXIT_CONFIGURATION:
             raise ConfigurationError(words)
-        raise StartError(f"{words}\nthe run was given up: not all agents started")
+        raise AgentFailedError(f"{words}\nthe run was given up: not all agents started")
 
     async def _end_sources(self) -> None:
         for name, view in self._views().items():
@@ -176,10 +173,10 @@ class _Run:
             view = views.get(program.name)
             # A source that was told to stop has done so
             stopped = program.state == "STOPPED" and self._stop.is_set()
-            if program.has_given_up and not stopped:
-                problems[program.name] = (
-                    f"{program.state}: {last_words(self._rundir, program)}"
-                )
+            if stopped:
+                continue
+            if program.has_given_up:
+                problems[program.name] = f"{program.state}: {last_words(self._rundir, program)}"
             elif view is not None and view.sources == "failed":
                 problems[program.name] = "its source failed"
             elif view is not None and view.incarnation > 1:

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from mesh.cli.facts import MeshFacts, ProgramFacts
 
 _COLUMNS = (
-    "program", "state", "pid", "up", "ready", "beat", "restarts", "handled", "failed", "lost",
+    "program", "state", "pid", "up", "supervisor", "beat", "restarts", "handled", "failed", "lost",
     "dropped", "queue", "lag", "p50", "p99",
 )  # fmt: skip
 #: Columns that a terminal shows only when one of their cells is something else.
 _QUIET: dict[str, object] = {
-    "ready": "yes", "restarts": 0, "failed": 0, "lost": 0, "dropped": 0, "queue": 0
+    "supervisor": "RUNNING", "restarts": 0, "failed": 0, "lost": 0, "dropped": 0, "queue": 0
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def _row(each: ProgramFacts) -> tuple[object, ...]:
         each.state,
         each.pid,
         None if each.uptime_s is None else say.duration(each.uptime_s),
-        "yes" if each.ready else "no",
+        each.supervisor_state,
         None if each.beat_age_s is None else say.duration(each.beat_age_s),
         each.restarts,
         each.handled,

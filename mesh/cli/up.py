@@ -20,6 +20,7 @@ from mesh.cli.place import (
 )
 from mesh.cli.signals import stop_signals, unless, until_exit
 from mesh.cli.starting import ready, tell_failures
+from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
 from mesh.supervision.supervisord import SupervisorClient, SupervisorError
 
@@ -41,7 +42,7 @@ def up(
     """
     Start every agent of supervisord.conf as a supervised process.
 
-    Without -d it stays, and takes everything down on Ctrl-C or SIGTERM. Exit code 1 when an agent
+    Without -d it stays, and takes everything down on Ctrl-C or SIGTERM. Exit code 70 when an agent
     failed (the others run), 75 when a mesh runs in this directory already, 78 when the
     configuration cannot be used.
 
@@ -96,7 +97,7 @@ async def _up(
 
             finished = await unless(stop, start())
             if detach and finished:
-                return EXIT_WRONG if failed else 0
+                return EXIT_BUG if failed else 0
             if not detach and finished:
                 say.note("Ctrl-C takes the mesh down")
                 if await unless(stop, until_exit(pid)):
@@ -107,7 +108,7 @@ async def _up(
                 await _take_down(place)
             raise
         await _take_down(place)
-        return EXIT_WRONG if failed else 0
+        return EXIT_BUG if failed else 0
 
 
 async def _take_down(place: Place) -> None:

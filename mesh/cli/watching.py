@@ -125,7 +125,8 @@ class Watch:
         total = sum(by_type.values())
         rate = total / self.seconds if self.seconds else 0.0
         head = Text(
-            f"{total:,} events, {rate:,.0f}/s, {joined.in_flight:,} under way, {joined.lost:,} lost",
+            f"{total:,} events, {rate:,.0f}/s, {joined.in_flight:,} under way,"
+            f" {joined.lost:,} lost",
             style="red" if joined.lost else "green",
         )
         return Group(head, say.rich_table(("type", "events"), by_type.items()))

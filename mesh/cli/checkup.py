@@ -1,0 +1,244 @@
+"""`mesh doctor`: is everything as a mesh needs it?"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.metadata
+import os
+import platform
+import socket
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from mesh.cli import say
+from mesh.cli.agents import topics_of
+from mesh.cli.exits import EXIT_WRONG
+from mesh.cli.place import CONF, Place, directory_option, json_option
+from mesh.config import MessageBusConfig
+from mesh.errors import ConfigurationError, MeshError
+from mesh.rundir import MAX_SOCKET_PATH
+from mesh.supervision.boot import INFRASTRUCTURE, programs_of, script_of
+from mesh.supervision.supervisord import SupervisorClient
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mesh.rundir import RunDir
+
+_PYTHON = (3, 11)
+_PACKAGES = ("msgspec", "pyzmq", "redis", "supervisor", "aiomultiprocess", "click", "rich")
+_OPTIONAL = ("opentelemetry-api", "pydantic", "pytest")
+_LIBZMQ = (4, 3, 5)
+_FILES = 1024
+_COLOURS: dict[str, say.Colour] = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One check."""
+
+    check: str
+    #: ok, warn or fail.
+    verdict: str
+    found: str
+    #: What to do about it.
+    remedy: str = ""
+
+
+@click.command()
+@json_option
+@directory_option
+def doctor(json_form: bool, directory: str | None) -> None:
+    """
+    Check the environment, the run directory and the running mesh.
+
+    Each row is ok, warn or fail, with what to do. Changes nothing. Exit code 1 when a row fails.
+
+    \b
+    Example:
+      mesh doctor
+      mesh doctor --json
+    """  # noqa: D301
+    place = Place.find(directory)
+    rows = [
+        *_software(),
+        *_settings(),
+        *_project(place),
+        *_directory(place.rundir),
+        *_locks(place.rundir),
+        *asyncio.run(_answers(place.rundir)),
+        *_topics(place.rundir),
+    ]
+    failed = any(row.verdict == "fail" for row in rows)
+    if json_form:
+        say.as_json({"well": not failed, "rows": [asdict(row) for row in rows]})
+    else:
+        say.table(
+            ("check", "verdict", "found", "what to do"),
+            [(row.check, row.verdict, row.found, row.remedy) for row in rows],
+            [_COLOURS[row.verdict] for row in rows],
+        )
+    sys.exit(EXIT_WRONG if failed else 0)
+
+
+def _software() -> Iterator[Row]:
+    version = platform.python_version()
+    if sys.version_info[:2] >= _PYTHON:
+        yield Row("python", "ok", f"{version} {sys.executable}")
+    else:
+        yield Row("python", "fail", version, "use Python 3.11 or newer")
+    if sys.platform != "linux":
+        yield Row("system", "fail", sys.platform, "the mesh needs Linux")
+    for name in _PACKAGES:
+        try:
+            yield Row(name, "ok", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Row(name, "fail", "not installed", f"pip install {name}")
+    for name in _OPTIONAL:
+        try:
+            yield Row(name, "ok", f"{importlib.metadata.version(name)} (optional)")
+        except importlib.metadata.PackageNotFoundError:
+            yield Row(name, "ok", "not installed (optional)")
+    yield _libzmq()
+    limit = os.sysconf("SC_OPEN_MAX")
+    verdict = "ok" if limit >= _FILES else "warn"
+    yield Row("open files", verdict, str(limit), "" if verdict == "ok" else "raise `ulimit -n`")
+
+
+def _libzmq() -> Row:
+    try:
+        # Loaded by name: what is asked is whether it can be, and which one it is
+        found: tuple[int, ...] = importlib.import_module("zmq").zmq_version_info()
+    except (ImportError, AttributeError):
+        return Row("libzmq", "fail", "pyzmq cannot be imported", "pip install --force pyzmq")
+    text = ".".join(map(str, found))
+    if found < _LIBZMQ:
+        return Row("libzmq", "fail", text, "use pyzmq 27, which brings 4.3.5 (security fixes)")
+    return Row("libzmq", "ok", text)
+
+
+def _settings() -> Iterator[Row]:
+    try:
+        config = MessageBusConfig.from_env()
+    except ConfigurationError as error:
+        for problem in error.problems:
+            yield Row("settings", "fail", problem, "correct the variable, or unset it")
+        return
+    yield Row("settings", "ok", f"fabric {config.broker_type}, log level {config.log_level}")
+    if config.broker_type == "memory":
+        yield Row("fabric", "warn", "memory joins no processes", "set LEGION_BROKER_TYPE=zmq")
+
+
+def _project(place: Place) -> Iterator[Row]:
+    try:
+        names = programs_of(place.project)
+    except ConfigurationError as error:
+        yield Row("project", "warn", str(error), "go to a folder with agents/ and supervisord.conf")
+        return
+    yield Row("project", "ok", f"{place.project / CONF}: {len(names)} programs")
+    for name in INFRASTRUCTURE:
+        if name not in names:
+            yield Row("project", "fail", f"no [program:{name}]", "copy it from the documentation")
+    for name in names:
+        script = script_of(place.project, name)
+        if script is not None and not (place.project / script).is_file():
+            yield Row("project", "fail", f"[program:{name}] runs {script}", "there is no such file")
+
+
+def _directory(rundir: RunDir) -> Iterator[Row]:
+    longest = len(os.fsencode(rundir.socket("supervisor"))) + len(".99999999")
+    if longest > MAX_SOCKET_PATH:
+        words = f"{rundir.path} is {longest - MAX_SOCKET_PATH} bytes too long for Unix sockets"
+        yield Row("MESH_DIR", "fail", words, "set MESH_DIR to a shorter path, such as under /tmp")
+        return
+    if not os.path.lexists(rundir.path):
+        yield Row("MESH_DIR", "ok", f"{rundir.path} (not there yet; `mesh up` makes it)")
+        return
+    try:
+        rundir.ensure()
+    except ConfigurationError as error:
+        yield Row("MESH_DIR", "fail", str(error), "see there, or set MESH_DIR to another path")
+        return
+    mode = rundir.path.stat().st_mode & 0o777
+    yield Row("MESH_DIR", "ok", f"{rundir.path} mode {mode:04o}")
+    free = os.statvfs(rundir.path)
+    if free.f_bavail * free.f_frsize < 100 * 1024 * 1024:
+        yield Row("disk", "warn", "less than 100 MB free", "make room: logs and ledgers live here")
+
+
+def _locks(rundir: RunDir) -> Iterator[Row]:
+    folder = rundir.path / "run"
+    for path in sorted(folder.glob("*.lock")) if folder.is_dir() else []:
+        try:
+            owner = rundir.holder(path)
+        except OSError as error:
+            yield Row(f"lock {path.stem}", "fail", str(error), "look at the file's owner and mode")
+            continue
+        if owner is not None:
+            note = rundir.note(path)
+            yield Row(f"lock {path.stem}", "ok", f"held by {owner} {note}".rstrip())
+
+
+async def _answers(rundir: RunDir) -> list[Row]:
+    """Ask supervisord and the fabric, where they should be there."""
+    client = SupervisorClient(rundir.socket("supervisor"))
+    try:
+        pid = await client.pid()
+        programs = await client.processes()
+    except MeshError as error:
+        held = [name for name in INFRASTRUCTURE if rundir.holder(rundir.lock(name))]
+        if not held:
+            return [Row("mesh", "ok", "none runs here")]
+        return [
+            Row(
+                "mesh",
+                "warn",
+                f"no supervisord, but {', '.join(held)} lives ({error})",
+                "scripts without supervisord brought it up; else end it and `mesh up`",
+            )
+        ]
+    rows = [Row("supervisord", "ok", f"answers, pid {pid}")]
+    rows += [
+        Row(f"program {each.name}", "fail", each.state, f"mesh logs {each.name}")
+        for each in programs
+        if each.state in ("FATAL", "BACKOFF", "UNKNOWN")
+        or (each.state == "EXITED" and each.exit_status)
+    ]
+    rows.append(await _fabric(rundir))
+    rows.append(_socket(rundir, "monitor"))
+    return rows
+
+
+async def _fabric(rundir: RunDir) -> Row:
+    from mesh.factory import make_broker
+
+    try:
+        config = MessageBusConfig.from_env()
+        async with make_broker(config, rundir.path):
+            return Row("fabric", "ok", f"{config.broker_type}: an echo came back")
+    except MeshError as error:
+        return Row("fabric", "fail", str(error), "mesh logs forwarder; mesh restart forwarder")
+
+
+def _socket(rundir: RunDir, name: str) -> Row:
+    path = rundir.socket(name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            words = f"{path.name}: {error.strerror}"
+            return Row(f"{name} socket", "fail", words, f"mesh restart {name}")
+    return Row(f"{name} socket", "ok", str(path))
+
+
+def _topics(rundir: RunDir) -> Iterator[Row]:
+    for name, topic in topics_of(rundir).items():
+        if topic.orphan is None:
+            continue
+        who = ", ".join(topic.said_by or topic.heard_by)
+        remedy = "nobody needs it?" if topic.said_by else "a misspelt type, or nothing said it yet"
+        yield Row("topic", "warn", f"{name} ({who}): {topic.orphan}", remedy)

@@ -1,0 +1,218 @@
+"""`mesh logs`: the agents' logs and what they printed, merged by time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import IO, TYPE_CHECKING
+
+import click
+
+from mesh.cli import say
+from mesh.cli.exits import NoMeshError
+from mesh.cli.place import Place, directory_option
+from mesh.cli.signals import stop_signals, unless
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+_POLL_S = 0.2
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")
+_LOCAL_TIME = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) ")
+_SUFFIXES = (".log", ".out")
+_COLOURS: dict[str, say.Colour] = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record with the lines that belong to it."""
+
+    #: ISO 8601, so that text order is the order of time.
+    time: str
+    name: str
+    text: str
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME...]")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is written from now on.")
+@click.option(
+    "-n", "--lines", default=50, show_default=True, type=click.IntRange(min=0),
+    help="Begin with so many records.",
+)  # fmt: skip
+@directory_option
+def logs(names: tuple[str, ...], follow: bool, lines: int, directory: str | None) -> None:
+    """
+    Show and follow the agents' logs, and what they printed.
+
+    The records of all agents, or of those named, merged by time; the same works when the mesh is
+    down. Following goes on over rotations and restarts.
+
+    \b
+    Example:
+      mesh logs -n 20
+      mesh logs -f risk execution
+    """  # noqa: D301
+    folder = Place.find(directory).rundir.path / "log"
+    found = {path.stem for path in _files(folder, ())}
+    if not folder.is_dir():
+        raise NoMeshError(f"no logs in {folder}; start a mesh with `mesh up`")
+    unknown = [name for name in names if name not in found]
+    if unknown and not follow:
+        has = ", ".join(sorted(found)) or "none"
+        raise click.UsageError(f"no log of {', '.join(unknown)}; there are: {has}")
+    followed = {path: Followed(path) for path in _files(folder, names)}
+    newest: deque[Entry] = deque(maxlen=lines)
+    newest.extend(_merged(entry for each in followed.values() for entry in each.history()))
+    _print(newest)
+    if follow:
+        asyncio.run(_follow(folder, names, followed))
+
+
+class Followed:
+    """
+    One file that is written to; it may be renamed or cut by a rotation.
+
+    Args:
+        path: Where it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open nothing yet."""
+        self.path = path
+        self._file: IO[str] | None = None
+        self._rest = ""
+
+    def history(self) -> list[Entry]:
+        """Read what is there, rotated files first; `new` goes on behind it."""
+        older = sorted(self.path.parent.glob(f"{self.path.name}.[0-9]"), reverse=True)
+        texts = []
+        for path in older:
+            try:
+                texts.append(path.read_text(errors="replace"))
+            except OSError:
+                continue  # rotated away in this moment
+        return list(self._entries("".join([*texts, self._read()])))
+
+    def new(self) -> list[Entry]:
+        """Read what was written since; of a file that took this one's place, everything."""
+        text = self._read()
+        if self._was_replaced():
+            self.close()
+            text += self._read()
+        return list(self._entries(text))
+
+    def close(self) -> None:
+        """Close the file; the next read opens it anew."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _read(self) -> str:
+        if self._file is None:
+            try:
+                self._file = self.path.open(errors="replace")
+            except OSError:
+                return ""
+        if self._file.seekable() and _size(self._file) < self._file.tell():
+            self._file.seek(0)
+        # A line that is being written is kept until its end comes
+        text = self._rest + self._file.read()
+        whole, newline, self._rest = text.rpartition("\n")
+        return whole + newline
+
+    def _was_replaced(self) -> bool:
+        if self._file is None:
+            return False
+
+        try:
+            return self.path.stat().st_ino != os.fstat(self._file.fileno()).st_ino
+        except OSError:
+            return False  # renamed away; the new one is not there yet
+
+    def _entries(self, text: str) -> Iterator[Entry]:
+        """Join lines without a time to the record before them."""
+        at = self._fallback_time()
+        lines: list[str] = []
+        for line in text.splitlines():
+            found = _time_of(line)
+            if found and lines:
+                yield Entry(at, self.path.stem, "\n".join(lines))
+                lines = []
+            at = found or at
+            lines.append(line)
+        if lines:
+            yield Entry(at, self.path.stem, "\n".join(lines))
+
+    def _fallback_time(self) -> str:
+        try:
+            return _iso(self.path.stat().st_mtime)
+        except OSError:
+            return _iso(time.time())
+
+
+def _time_of(line: str) -> str | None:
+    """Read the time a line begins with: ours, or supervisord's, which is local."""
+    if ours := _TIME.match(line):
+        return ours[0].strip()
+    if theirs := _LOCAL_TIME.match(line):
+        seconds = time.mktime(time.strptime(theirs[1], "%Y-%m-%d %H:%M:%S"))
+        return _iso(seconds + int(theirs[2]) / 1000)
+    return None
+
+
+def _iso(seconds: float) -> str:
+    moment = datetime.fromtimestamp(seconds, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+async def _follow(folder: Path, names: tuple[str, ...], followed: dict[Path, Followed]) -> None:
+    async def read_on() -> None:
+        # Files tell nobody of their growth without inotify, which the standard library lacks
+        while True:
+            for path in _files(folder, names):
+                followed.setdefault(path, Followed(path))
+            _print(_merged(entry for each in followed.values() for entry in each.new()))
+            await asyncio.sleep(_POLL_S)
+
+    with stop_signals() as stop:
+        await unless(stop, read_on())
+    for each in followed.values():
+        each.close()
+
+
+def _files(folder: Path, names: Iterable[str]) -> list[Path]:
+    wanted = set(names)
+    return [
+        path
+        for path in sorted(folder.glob("*"))
+        if path.suffix in _SUFFIXES and (not wanted or path.stem in wanted)
+    ]
+
+
+def _merged(entries: Iterable[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda entry: entry.time)
+
+
+def _print(entries: Iterable[Entry]) -> None:
+    for entry in entries:
+        head, *more = entry.text.split("\n")
+        level = next((word for word in head.split(" ")[1:2] if word in _COLOURS), "")
+        # Records name their agent themselves; bare output does not
+        named = head if f"agent={entry.name} " in head else f"{entry.name}: {head}"
+        say.line(named, _COLOURS.get(level, ""))
+        for line in more:
+            say.line(line, "dim")
+    sys.stdout.flush()
+
+
+def _size(file: IO[str]) -> int:
+
+    return os.fstat(file.fileno()).st_size

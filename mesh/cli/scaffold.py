@@ -1,0 +1,148 @@
+"""`mesh new`: a working agent, its test, and its place in supervisord.conf."""
+
+from __future__ import annotations
+
+import contextlib
+import keyword
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from mesh.cli import say
+from mesh.cli.place import CONF, Place
+from mesh.cli.templates import SECTION, agent_script, agent_test
+from mesh.errors import TopicError
+from mesh.supervision.boot import INFRASTRUCTURE, programs_of, script_of
+from mesh.topics import PRIVATE_PREFIX, check_topic
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
+#: Names of the mesh's own processes, locks and logs, and of the file with the payloads.
+RESERVED = (
+    *INFRASTRUCTURE,
+    "mesh",
+    "supervisor",
+    "supervisord",
+    "launch",
+    "run",
+    "payloads",
+    "test",
+)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--hears", metavar="TYPE", default="market.data.received", show_default=True)
+@click.option("--says", metavar="TYPE", help="[default: NAME.said]")
+def new(name: str, hears: str, says: str | None) -> None:
+    """
+    Write a new agent: script, test, and its place in supervisord.conf.
+
+    The script works as it stands. `mesh reload` lets it join a running mesh; nobody else's process
+    is touched.
+
+    \b
+    Example:
+      mesh new hello
+      mesh new hedger --hears position.changed --says order.requested
+      python -m pytest tests/test_hello.py && mesh reload
+    """  # noqa: D301
+    topics = [_checked(hears), _checked(says or f"{name}.said")]
+    project = Place.find(None).project
+    problem = _problem_of(name, project)
+    if problem:
+        raise click.UsageError(problem)
+    if topics[0] == topics[1]:
+        raise click.UsageError(f"an agent that hears what it says, {hears}, would never rest")
+    script, test = project / "agents" / f"{name}.py", project / "tests" / f"test_{name}.py"
+    conf = project / CONF
+    _write(
+        {
+            script: agent_script(name, *topics),
+            test: agent_test(name, *topics, payload=_sample(project, topics[0])),
+            conf: conf.read_text() + _section(project, name),
+        }
+    )
+    say.line(f"wrote {script.relative_to(project)}: hears {topics[0]}, says {topics[1]}")
+    shown = test.relative_to(project)
+    say.line(f"wrote {shown}: run it with `python -m pytest {shown}`")
+    say.line(f"added [program:{name}] to {CONF}; `mesh reload` starts it in a running mesh")
+
+
+def _checked(topic: str) -> str:
+    checked = check_topic(topic)
+    if checked.startswith(PRIVATE_PREFIX):
+        raise TopicError(
+            f"{topic!r} starts with {PRIVATE_PREFIX!r}: such topics are the mesh's own"
+        )
+    return checked
+
+
+def _problem_of(name: str, project: Path) -> str | None:
+    """Say why an agent cannot be called so; None when it can."""
+    if _NAME.fullmatch(name) is None:
+        return f"{name!r} is no name for an agent: a-z, 0-9 and _, a letter first, at most 40"
+    if keyword.iskeyword(name) or name in sys.stdlib_module_names:
+        return f"{name!r} is Python's own: a script of that name would hide it"
+    if name in RESERVED:
+        return f"{name!r} is reserved for the mesh itself"
+    # Before looking for files, so that a missing supervisord.conf is told first
+    if name in programs_of(project):
+        return f"[program:{name}] is in {project / CONF} already"
+    for path in (f"agents/{name}.py", f"tests/test_{name}.py"):
+        if (project / path).exists():
+            return f"{project / path} exists already; it is left as it is"
+    return None
+
+
+def _write(files: dict[Path, str]) -> None:
+    """Write all files, the last in one step; when that fails, none stays."""
+    made: list[Path] = []
+    try:
+        *fresh, (conf, text) = files.items()
+        for path, content in fresh:
+            path.parent.mkdir(exist_ok=True)
+            with path.open("x") as file:
+                made.append(path)
+                file.write(content)
+        draft = conf.with_name(f".{conf.name}.new")
+        made.append(draft)
+        draft.write_text(text)
+        draft.chmod(conf.stat().st_mode & 0o777)
+        draft.replace(conf)
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
+
+
+def _section(project: Path, name: str) -> str:
+    """Give the program's section, in the form that the project's other agents have."""
+    text = (project / CONF).read_text()
+    gap = "\n" if text.endswith("\n") else "\n\n"
+    for other in reversed(programs_of(project)):
+        if script_of(project, other) == f"agents/{other}.py":
+            found = re.search(
+                rf"^\[program:{re.escape(other)}\]\n(?:(?!\[).*\n?)*", text, re.MULTILINE
+            )
+            if found:
+                lines = [each for each in found[0].splitlines() if not each.startswith(";")]
+                section = "\n".join(lines).rstrip() + "\n"
+                return gap + re.sub(rf"\b{re.escape(other)}\b", name, section)
+    return gap + SECTION.format(name=name)
+
+
+def _sample(project: Path, topic: str) -> dict[str, object]:
+    """Invent a payload that the project's schema of a type takes."""
+    from mesh.cli.publish import load_schemas
+    from mesh.cli.templates import sample_of
+    from mesh.events import declaration_of
+
+    load_schemas(project)
+    schema = declaration_of(topic).schema
+    return {"value": 1} if schema is None else sample_of(schema)
