@@ -7,12 +7,20 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.plumbing.processes import ROOT, is_alive, run_mesh, run_python, wait_until
+from tests.plumbing.processes import (
+    ROOT,
+    is_alive,
+    run_mesh,
+    run_program,
+    run_python,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -244,9 +252,13 @@ def test_a_new_agent_joins_a_running_mesh(project: Path) -> None:
 def test_the_test_of_a_new_agent_passes(project: Path) -> None:
     run_mesh("new", "hello", cwd=project)
 
-    code = "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-o', "
-    code += "'asyncio_mode=auto', 'tests/test_hello.py']))"
-    ended = run_python(f"import os; os.chdir({str(project)!r}); {code}")
+    ended = run_program(
+        sys.executable,
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"),
+        "tests/test_hello.py",
+        cwd=project,
+    )
 
     assert ended.code == 0, ended
     assert "1 passed" in ended.out
@@ -300,7 +312,8 @@ def test_a_csv_that_cannot_be_used_is_told(
 
     ended = run_mesh("run", "--csv", path, "--json", cwd=project, timeout_s=60)
 
-    assert ended.code == 78, ended
+    # 78 before anything starts; 70 when the agent that reads it has refused it
+    assert ended.code in (70, 78), ended
     assert str(path) in ended.err
     assert ended.out == ""
 
