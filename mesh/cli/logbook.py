@@ -72,8 +72,12 @@ def logs(names: tuple[str, ...], follow: bool, lines: int, directory: str | None
     newest: deque[Entry] = deque(maxlen=lines)
     newest.extend(_merged(entry for each in followed.values() for entry in each.history()))
     _print(newest)
-    if follow:
-        asyncio.run(_follow(folder, names, followed))
+    try:
+        if follow:
+            asyncio.run(_follow(folder, names, followed))
+    finally:
+        for each in followed.values():
+            each.close()
 
 
 class Followed:
@@ -184,8 +188,6 @@ async def _follow(folder: Path, names: tuple[str, ...], followed: dict[Path, Fol
 
     with stop_signals() as stop:
         await unless(stop, read_on())
-    for each in followed.values():
-        each.close()
 
 
 def _files(folder: Path, names: Iterable[str]) -> list[Path]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-import mesh
 from mesh.cli import say
 from mesh.cli.exits import EXIT_WRONG
 from mesh.cli.place import (
@@ -61,7 +60,7 @@ def run(
       mesh run --csv bars.csv --speed max
       mesh run --bars 5000 --memory --json
     """  # noqa: D301
-    place = Place.find(directory, fallback=Path(mesh.__file__).resolve().parents[1])
+    place = Place.find(directory, fallback=Path(__file__).resolve().parents[2])
     problems, pipeline = _pipeline_params(csv, speed, bars)
     try:
         # Memory needs no run directory

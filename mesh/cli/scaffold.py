@@ -51,11 +51,11 @@ def new(name: str, hears: str, says: str | None) -> None:
       mesh new hedger --hears position.changed --says order.requested
       python -m pytest tests/test_hello.py && mesh reload
     """  # noqa: D301
-    topics = [_checked(hears), _checked(says or f"{name}.said")]
     project = Place.find(None).project
     problem = _problem_of(name, project)
     if problem:
         raise click.UsageError(problem)
+    topics = [_checked(hears), _checked(says or f"{name}.said")]
     if topics[0] == topics[1]:
         raise click.UsageError(f"an agent that hears what it says, {hears}, would never rest")
     script, test = project / "agents" / f"{name}.py", project / "tests" / f"test_{name}.py"

@@ -1,0 +1,260 @@
+"""The command line where no mesh runs: what it refuses, what it writes, what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mesh.cli.logbook import Followed
+from mesh.cli.main import COMMANDS, cli
+from mesh.cli.say import clean
+from mesh.cli.templates import agent_script, sample_of
+from tests.plumbing.processes import ROOT, run_mesh, run_python
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(ROOT / "agents", tmp_path / "agents", ignore=shutil.ignore_patterns("__py*"))
+    shutil.copy(ROOT / "supervisord.conf", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(cli, words)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_teaches_with_an_example(name: str) -> None:
+    shown = call(name, "--help")
+
+    assert shown.exit_code == 0
+    assert "Example:" in shown.output
+    assert f"mesh {name}" in shown.output
+
+
+def test_help_loads_no_command() -> None:
+    code = "import sys; from mesh.cli.main import cli; cli(['--help'], standalone_mode=False);"
+    code += "print([n for n in sys.modules if n in ('rich', 'zmq', 'mesh.agent', 'mesh.consumer')])"
+
+    assert run_python(code).out.splitlines()[-1] == "[]"
+
+
+def test_help_tells_the_exit_codes() -> None:
+    shown = call("--help").output
+
+    assert "Exit codes:" in shown
+    assert all(code in shown for code in ("3 ", "65", "70", "75", "78"))
+
+
+def test_an_unknown_command_is_guessed() -> None:
+    refused = call("statsu")
+
+    assert refused.exit_code == 2
+    assert "did you mean `mesh status`?" in refused.output
+
+
+@pytest.mark.parametrize(
+    "words", [["status"], ["down"], ["restart", "risk"], ["reload"], ["tail"], ["agents"], ["logs"],
+              ["publish", "a", "{}"]],
+)  # fmt: skip
+def test_without_a_mesh_the_exit_code_is_3(project: Path, words: list[str]) -> None:
+    refused = call(*words)
+
+    assert refused.exit_code == 3, refused.output
+    assert "mesh up" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("topic", "data", "words"),
+    [
+        ("a b", "{}", "is not a topic"),
+        ("_reply.x", "{}", "the mesh's own"),
+        ("hello", "{", "cannot be read"),
+        ("hello", "[1]", "must be an object"),
+        ("hello", '{"x": NaN}', "NaN"),
+    ],
+)
+def test_an_event_that_cannot_travel_is_refused(topic: str, data: str, words: str) -> None:
+    refused = call("publish", topic, data)
+
+    assert refused.exit_code == 65
+    assert words in refused.output
+
+
+def test_a_run_is_told_all_its_mistakes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEGION_LOG_LEVEL", "LOUD")
+
+    refused = call("run", "--csv", "/no/such.csv", "--speed", "-1")
+
+    assert refused.exit_code == 78
+    assert refused.stdout == ""
+    for words in ("/no/such.csv", "--speed -1", "LEGION_LOG_LEVEL=LOUD"):
+        assert words in refused.stderr
+
+
+@pytest.mark.parametrize("text", ["novalue", "=x", "a-b=1"])
+def test_a_parameter_must_be_a_pair(text: str) -> None:
+    assert call("run", "--param", text).exit_code == 2
+
+
+def test_the_memory_fabric_joins_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEGION_BROKER_TYPE", "memory")
+
+    assert call("up", "-d").exit_code == 78
+
+
+def test_a_run_in_memory_reports(project: Path) -> None:
+    ended = run_mesh("run", "--bars", "500", "--memory", "--json", cwd=project)
+
+    assert ended.code == 0, ended
+    report = json.loads(ended.out)
+    assert report["market_events"] == 500
+    assert report["lost"] == 0
+    assert set(report["agents"]) >= {"market_data", "portfolio"}
+
+
+def test_an_unknown_agent_is_refused(project: Path) -> None:
+    refused = call("run", "--memory", "--agents", "nobody")
+
+    assert refused.exit_code == 78
+    assert "'nobody' is no agent" in refused.output
+
+
+# -- new -------------------------------------------------------------------------------------------
+
+
+def test_new_writes_script_test_and_program(project: Path) -> None:
+    made = call("new", "hello", "--hears", "order.executed")
+
+    assert made.exit_code == 0, made.output
+    assert (project / "agents" / "hello.py").is_file()
+    assert (project / "tests" / "test_hello.py").is_file()
+    conf = (project / "supervisord.conf").read_text()
+    theirs = conf.split("[program:market_data]\n")[1].split("\n\n[")[0].strip()
+    ours = conf.split("[program:hello]\n")[1].strip()
+    assert ours == theirs.replace("market_data", "hello")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a-b", "A", "1x", "../x", "class", "logging", "forwarder", "monitor", "mesh", "risk"],
+)
+def test_new_refuses_a_name(project: Path, name: str) -> None:
+    before = (project / "supervisord.conf").read_text()
+
+    assert call("new", name).exit_code == 2
+    assert (project / "supervisord.conf").read_text() == before
+
+
+def test_new_leaves_files_that_exist(project: Path) -> None:
+    (project / "agents" / "mine.py").write_text("x = 1\n")
+
+    refused = call("new", "mine")
+
+    assert refused.exit_code == 2
+    assert (project / "agents" / "mine.py").read_text() == "x = 1\n"
+    assert "[program:mine]" not in (project / "supervisord.conf").read_text()
+
+
+def test_new_without_a_project_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert call("new", "hello").exit_code == 78
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_script_speaks_of_built_in_types_by_name() -> None:
+    script = agent_script("my_agent", "order.executed", "my.said")
+
+    assert "class MyAgent(Agent)" in script
+    assert "EventType.ORDER_EXECUTED" in script
+    assert '"my.said"' in script
+
+
+def test_a_sample_fills_nested_schemas() -> None:
+    from agents.payloads import Features
+
+    sample = sample_of(Features)
+
+    assert sample["quote"] == {"symbol": "x", "number": 1, "time": "x", "bid": 1.0, "ask": 1.0}
+    assert sample["slow_mean"] is None
+
+
+# -- doctor ----------------------------------------------------------------------------------------
+
+
+def test_the_doctor_finds_nothing_to_do(project: Path) -> None:
+    told = call("doctor", "--json")
+
+    report = json.loads(told.stdout)
+    assert (told.exit_code, report["well"]) == (0, True), told.output
+    assert {"python", "libzmq", "MESH_DIR", "settings"} <= {row["check"] for row in report["rows"]}
+
+
+def test_the_doctor_names_what_is_wrong(rundir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rundir.chmod(0o755)
+    monkeypatch.setenv("REDIS_PORT", "many")
+
+    told = call("doctor", "--json")
+
+    failed = [row["found"] for row in json.loads(told.stdout)["rows"] if row["verdict"] == "fail"]
+    assert told.exit_code == 1
+    assert any("REDIS_PORT=many" in words for words in failed)
+    assert any("chmod 700" in words for words in failed)
+
+
+def test_the_doctor_sees_a_path_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_DIR", "/tmp/" + "x" * 100)
+
+    told = call("doctor")
+
+    assert told.exit_code == 1
+    assert "too long for Unix sockets" in told.output
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert clean("a\x1b[2Jb\x07\u202ec\td") == "a\\x1b[2Jb\\x07\\x202ec\td"
+
+
+def test_logs_merge_by_time(rundir: Path) -> None:
+    folder = rundir / "log"
+    folder.mkdir()
+    for name, second in (("one", "01"), ("two", "00")):
+        text = f"2026-01-01T00:00:{second}.000Z INFO agent={name} x: hi\n    more of {name}\n"
+        (folder / f"{name}.log").write_text(text)
+
+    shown = call("logs").output.splitlines()
+
+    assert [line.split("agent=")[-1][:3] for line in shown[::2]] == ["two", "one"]
+    assert shown[1] == "    more of two"
+    assert call("logs", "nobody").exit_code == 2
+
+
+def test_following_goes_on_over_a_rotation(tmp_path: Path) -> None:
+    path = tmp_path / "a.log"
+    path.write_text("2026-01-01T00:00:00.000Z one\n")
+    followed = Followed(path)
+    assert [entry.text[25:] for entry in followed.history()] == ["one"]
+
+    with path.open("a") as file:
+        file.write("2026-01-01T00:00:01.000Z two\n2026-01-01T00:00:02.000Z ha")
+        file.flush()
+        assert [entry.text[25:] for entry in followed.new()] == ["two"]
+        file.write("lf\n")
+    os.replace(path, tmp_path / "a.log.1")
+    path.write_text("2026-01-01T00:00:03.000Z three\n")
+
+    assert [entry.text[25:] for entry in followed.new()] == ["half", "three"]
+    followed.close()

@@ -1,0 +1,117 @@
+"""The command line on a running mesh of real processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.plumbing.processes import MESH, ROOT, eventually, run_mesh, running, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "agents", tmp_path / "agents", ignore=shutil.ignore_patterns("__py*"))
+    shutil.copy(ROOT / "supervisord.conf", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def mesh(project: Path) -> Iterator[Path]:
+    """Give a project whose mesh runs, saying 40 times more quotes than real time."""
+    started = run_mesh("up", "-d", "--param", "speed=40", cwd=project)
+    assert started.code == 0, started
+    yield project
+    stopped = run_mesh("down", cwd=project)
+    assert stopped.code == 0, stopped
+
+
+def test_status_is_well(mesh: Path) -> None:
+    told = run_mesh("status", cwd=mesh)
+
+    assert told.code == 0, told
+    assert "all is well" in told.out
+
+
+def test_tail_ends_after_the_count(mesh: Path) -> None:
+    heard = run_mesh("tail", "market.data.received", "--json", "-n", "3", cwd=mesh)
+
+    assert heard.code == 0, heard
+    events: list[dict[str, Any]] = [json.loads(line) for line in heard.out.splitlines()]
+    assert [event["type"] for event in events] == ["market.data.received"] * 3
+
+
+def test_publish_says_who_hears(mesh: Path) -> None:
+    unheard = run_mesh("publish", "nobody.cares", '{"a": 1}', cwd=mesh)
+    wrong = run_mesh("publish", "order.executed", '{"a": 1}', cwd=mesh)
+
+    assert unheard.code == 0
+    assert "no agent of this mesh hears nobody.cares" in unheard.err
+    assert wrong.code == 65
+    assert "does not fit Fill" in wrong.err
+
+
+def test_agents_and_doctor_know_the_topics(mesh: Path) -> None:
+    def known() -> dict[str, Any]:
+        topics: dict[str, Any] = json.loads(run_mesh("agents", "--json", cwd=mesh).out)["topics"]
+        return topics
+
+    # Sources speak a moment after all are READY
+    wait_until(lambda: known()["market.data.received"]["said_by"])
+    topic = known()["market.data.received"]
+    doctor = run_mesh("doctor", "--json", cwd=mesh)
+
+    assert (topic["said_by"], topic["heard_by"]) == (["market_data"], ["features"])
+    assert doctor.code == 0, doctor
+    rows = {row["check"]: row for row in json.loads(doctor.out)["rows"]}
+    assert rows["fabric"]["verdict"] == rows["supervisord"]["verdict"] == "ok"
+
+
+def test_restart_knows_the_names(mesh: Path) -> None:
+    restarted = run_mesh("restart", "risk", cwd=mesh)
+    refused = run_mesh("restart", "nobody", cwd=mesh)
+
+    assert "risk is READY" in restarted.out
+    assert refused.code == 2
+    assert "no such program: nobody" in refused.err
+
+
+def test_a_run_is_refused_while_a_mesh_runs(mesh: Path) -> None:
+    refused = run_mesh("run", "--bars", "10", cwd=mesh)
+
+    assert refused.code == 75
+    assert "already held by process" in refused.err
+    assert run_mesh("status", cwd=mesh).code == 0
+
+
+async def test_ctrl_c_ends_a_run_with_its_report(project: Path, own_mesh_dir: Path) -> None:
+    async with running(MESH, "run", "--speed", "100", "--json", cwd=project) as process:
+        ledger = own_mesh_dir / "ledger" / "portfolio"
+        await eventually(ledger.exists)
+        await eventually(lambda: run_mesh("status", cwd=project).code == 0, within_s=20)
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
+
+    assert process.returncode == 0, err
+    report = json.loads(out)
+    assert report["lost"] == 0
+    assert run_mesh("status", cwd=project).code == 3
+
+
+async def test_up_in_the_foreground_takes_all_down(project: Path) -> None:
+    async with running(MESH, "up", cwd=project) as process:
+        await eventually(lambda: run_mesh("status", cwd=project).code == 0, within_s=20)
+        process.send_signal(signal.SIGTERM)
+        await process.communicate()
+
+    assert process.returncode == 0
+    assert run_mesh("status", cwd=project).code == 3
