@@ -66,7 +66,8 @@ class PortfolioAgent(Agent):
 
     @on(REPORT_REQUESTED)
     async def on_request(self, event: Event) -> None:
-        await self.reply(event, self.report())
+        if event.reply_to is not None:
+            await self.reply(event, self.report())
 
     def summary(self) -> Portfolio:
         """Sum up profit and loss."""

@@ -387,13 +387,14 @@ class Agent:
     async def _run_sources(self, sources: list[Callable[[], Awaitable[None]]]) -> None:
         ledger = self.context.ledger
         await self.context.gate.wait()
+        await self.context.broker.synchronize()
         ledger.set("sources", SOURCES.index("running"))
         try:
             async with asyncio.TaskGroup() as tasks:
                 for run in sources:
                     tasks.create_task(_await(run), name=getattr(run, "__name__", "source"))
             await self.publisher.flush()
-        except BaseException:
+        except Exception:
             ledger.set("sources", SOURCES.index("failed"))
             raise
         ledger.set("sources", SOURCES.index("done"))

@@ -102,6 +102,15 @@ class MessageBroker(ABC):
         """Return when `try_send` is worth another try."""
 
     @abstractmethod
+    async def synchronize(self) -> None:
+        """
+        Return when all that is subscribed to by now, by anybody, gets what is sent from now on.
+
+        `attach` makes sure that the fabric knows a subscription; a publisher elsewhere may learn of
+        it a moment later. Sources wait here before their first event.
+        """
+
+    @abstractmethod
     async def _close(self) -> None:
         """Leave the fabric."""
 

@@ -292,6 +292,12 @@ def declarations() -> list[Declaration]:
     return list(_declarations.values())
 
 
+def set_declarations(declared: list[Declaration]) -> None:
+    """Put back what `declarations` gave, for tests that declare types of their own."""
+    _declarations.clear()
+    _declarations.update({each.topic: each for each in declared})
+
+
 def _same_class(one: type[Any], other: type[Any]) -> bool:
     # A script run by path and imported by name holds the same class twice
     return one is other or one.__qualname__ == other.__qualname__

@@ -128,6 +128,7 @@ class LaunchedMesh:
             exits.push_async_callback(self._end_all)
             await self._start_all()
             await self._broker.attach(self._topics(), self._ear)
+            await self._broker.synchronize()
             self._open_gate()
             self._exits = exits.pop_all()
         return self

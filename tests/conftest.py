@@ -9,11 +9,13 @@ import os
 import secrets
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from mesh.events import EventType, declarations, set_declarations
 from tests.plumbing import leaks, processes
 from tests.plumbing.redis_server import RedisServer, find_redis
 
@@ -48,6 +50,20 @@ def own_mesh_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     left = _after_grace(lambda: processes.processes_in(folder))
     shutil.rmtree(folder)
     assert not left, f"still used {folder}: " + "; ".join(map(str, left))
+
+
+@pytest.fixture(autouse=True)
+def own_schemas(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give built-in types free payloads again, whichever agents another test has imported."""
+    before = declarations()
+    if "agents" not in request.path.parts:
+        built_in = set(EventType)
+        set_declarations(
+            [replace(each, schema=None) if each.topic in built_in else each for each in before]
+        )
+    yield
+    known = {each.topic for each in before}
+    set_declarations([*before, *(each for each in declarations() if each.topic not in known)])
 
 
 @pytest.fixture

@@ -82,6 +82,9 @@ class InMemoryMessageBroker(MessageBroker):
         """Say whether anybody is subscribed to a topic."""
         return topic in self._receivers
 
+    async def synchronize(self) -> None:
+        """Do nothing: there is one list of subscriptions, and everybody reads it."""
+
     async def _close(self) -> None:
         await self._close_channels()
         self._receivers.clear()

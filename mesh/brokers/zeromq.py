@@ -27,7 +27,7 @@ from mesh.codec import MAX_FRAME_BYTES
 from mesh.env import is_supervised, mesh_dir
 from mesh.errors import BrokerUnavailableError
 from mesh.rundir import RunDir
-from mesh.topics import DELIMITER, MAX_TOPIC_LENGTH, check_topic
+from mesh.topics import DELIMITER, MAX_TOPIC_LENGTH, PRIVATE_PREFIX, check_topic
 
 if TYPE_CHECKING:
     import subprocess
@@ -135,6 +135,12 @@ class ZeroMQMessageBroker(MessageBroker):
         return made
 
     # -- readiness -----------------------------------------------------------------------------
+
+    async def synchronize(self) -> None:
+        """Return when our publisher knows every subscription that the forwarder knows by now."""
+        # Subscriptions reach us in the order in which the forwarder got them: when one of our own,
+        # made now, comes by, all earlier ones have come
+        await self._barrier(self._connect_timeout_s)
 
     async def _barrier(self, timeout_s: float) -> None:
         """
@@ -280,6 +286,10 @@ class ZeroMQMessageBroker(MessageBroker):
         """Queue a frame for the forwarder, unless the high-water mark is reached."""
         if self._context is None:
             self._require_open(connected=False)
+        if topic.startswith(PRIVATE_PREFIX):
+            # The asker's subscription may have come in this very moment; a plain send looks for
+            # news only now and then
+            self._read_subscriptions()
         try:
             self._publisher.send(topic.encode() + DELIMITER + frame, zmq.NOBLOCK)
         except zmq.Again:
@@ -330,8 +340,3 @@ def _spawn_forwarder(rundir: RunDir) -> subprocess.Popen[bytes]:
 def _let_go(process: subprocess.Popen[bytes]) -> None:
     """It outlives us on purpose; keep the interpreter from warning about it."""
     process.returncode = 0
-
-
-def library_version() -> str:
-    """Give the version of the ZeroMQ library itself."""
-    return zmq.zmq_version()

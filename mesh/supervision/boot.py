@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -137,18 +138,10 @@ async def up(
         environment |= {
             f"MESH_PARAM_{name.upper()}": value for name, value in (params or {}).items()
         }
-        child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "supervisor.supervisord", "-n", "-c", str(conf)),
-            cwd=project,
-            env=environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
-        await _await_answer(client, child)
-        return child.pid
+        said = rundir.path / "log" / "supervisord.out"
+        pid = await asyncio.to_thread(_spawn, conf, project, environment, said)
+        await _await_answer(client, pid, said)
+        return pid
 
 
 async def wait_ready(
@@ -270,16 +263,37 @@ async def _settle(rundir: RunDir, patience_s: float = 1.0) -> None:
         await asyncio.sleep(0.02)
 
 
-async def _await_answer(client: SupervisorClient, child: asyncio.subprocess.Process) -> None:
+def _spawn(conf: Path, project: Path, environment: dict[str, str], said: Path) -> int:
+    """
+    Start supervisord so that it outlives us; gives its pid.
+
+    Not by asyncio: its transport ends the child when the loop that made it is closed.
+    """
+    command = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(conf)]
+    with said.open("wb") as output:
+        child = subprocess.Popen(  # noqa: S603 - our own command, no shell
+            command,
+            cwd=project,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=output,
+            start_new_session=True,
+        )
+    # It outlives us on purpose; keep the interpreter from warning about it
+    child.returncode = 0
+    return child.pid
+
+
+async def _await_answer(client: SupervisorClient, pid: int, said: Path) -> None:
     for _ in range(200):
         if await client.is_up():
             return
-        if child.returncode is not None:
+        if not _lives(pid):
             break
         await asyncio.sleep(0.05)
-    assert child.stderr is not None
-    words = (await child.stderr.read(4096)).decode(errors="replace").strip()
-    raise BootError(f"supervisord did not start: {words or 'no answer on its socket'}")
+    words = await asyncio.to_thread(said.read_text, errors="replace")
+    raise BootError(f"supervisord did not start: {words.strip() or 'no answer on its socket'}")
 
 
 async def _await_end(pid: int, timeout_s: float) -> None:

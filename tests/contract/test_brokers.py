@@ -72,14 +72,15 @@ Pair = tuple["MessageBroker", "MessageBroker"]
 
 
 async def test_the_first_frame_after_attach_arrives(pair: Pair) -> None:
-    """No slow joiner: fifty subscriptions, fifty first frames."""
+    """No slow joiner: two hundred subscriptions, two hundred first frames."""
     out, into = pair
-    for number in range(50):
+    for number in range(200):
         ear = Ear()
         await into.attach([f"topic.{number}"], ear)
+        await out.synchronize()
 
         await out.send(f"topic.{number}", frame(1))
-        await eventually(partial(_has_heard, ear))
+        await eventually(partial(_has_heard, ear), what=f"first frame {number}")
 
         assert ear.frames == [(f"topic.{number}", frame(1))]
 
@@ -89,6 +90,7 @@ async def test_frames_keep_their_order(pair: Pair) -> None:
     out, into = pair
     ear = Ear()
     await into.attach(["t"], ear)
+    await out.synchronize()
 
     for number in range(1500):
         await out.send("t", frame(number))
@@ -102,6 +104,7 @@ async def test_a_topic_is_exact(pair: Pair) -> None:
     out, into = pair
     ear = Ear()
     await into.attach(["ORDER"], ear)
+    await out.synchronize()
 
     await out.send("ORDER_CANCELLED", frame(1))
     await out.send("ORDER.x", frame(1))
@@ -116,6 +119,7 @@ async def test_every_receiver_gets_every_frame(pair: Pair) -> None:
     ears = [Ear() for _ in range(8)]
     for ear in ears:
         await into.attach(["t"], ear)
+    await out.synchronize()
 
     await out.send("t", frame(1))
     await eventually(lambda: all(ear.frames for ear in ears))
@@ -127,6 +131,7 @@ async def test_a_full_receiver_stops_the_reading_and_resumes(pair: Pair) -> None
     out, into = pair
     ear, flag = Ear(room=10), Ear()
     await into.attach(["t"], ear)
+    await out.synchronize()
 
     sent = 0
     for number in range(100):
@@ -148,6 +153,7 @@ async def test_a_detached_receiver_hears_nothing(pair: Pair) -> None:
     gone, still = Ear(), Ear()
     await into.attach(["t"], gone)
     await into.attach(["t"], still)
+    await out.synchronize()
 
     await into.detach(gone)
     await out.send("t", frame(1))
