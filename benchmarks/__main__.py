@@ -1,0 +1,138 @@
+"""
+Measure the mesh against bare peers, in turns, and print the ratios of the medians.
+
+``scripts/bench`` runs all; ``scripts/bench --rounds 5 --only latency`` runs what has the word in
+its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks import cross, inside, startup
+
+Measure = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row: ours against a peer."""
+
+    name: str
+    ours: Measure
+    peer: Measure
+    unit: str
+    target: str
+
+
+COMPARISONS = [
+    Comparison(
+        "throughput 200 B / raw pyzmq",
+        lambda: cross.mesh_throughput(300_000, 200),
+        lambda: cross.raw_throughput(300_000, 200),
+        "events/s",
+        ">= 1.0",
+    ),
+    Comparison(
+        "throughput 200 B / unix socket limit",
+        lambda: cross.mesh_throughput(300_000, 200),
+        lambda: cross.socket_throughput(300_000, 200),
+        "events/s",
+        "-",
+    ),
+    Comparison(
+        "throughput 4 KiB / raw pyzmq",
+        lambda: cross.mesh_throughput(50_000, 4096),
+        lambda: cross.raw_throughput(50_000, 4096),
+        "events/s",
+        ">= 1.0",
+    ),
+    Comparison(
+        "fan-out to 8 / raw pyzmq",
+        lambda: cross.mesh_throughput(50_000, 200, 8),
+        lambda: cross.raw_throughput(50_000, 200, 8),
+        "delivered/s",
+        ">= 1.0",
+    ),
+    Comparison(
+        "latency p50 at 1,000/s / raw pyzmq on a loop",
+        lambda: cross.mesh_latency(3000, 1000)[0],
+        lambda: cross.raw_latency(3000, 1000)[0],
+        "us",
+        "<= 1.15",
+    ),
+    Comparison(
+        "latency p99 at 1,000/s / raw pyzmq on a loop",
+        lambda: cross.mesh_latency(3000, 1000)[1],
+        lambda: cross.raw_latency(3000, 1000)[1],
+        "us",
+        "<= 1.3",
+    ),
+    Comparison("dispatch / bare await", inside.dispatch, inside.bare_await, "calls/s", ">= 0.25"),
+    Comparison(
+        "memory broker / event made and awaited bare",
+        inside.memory_broker,
+        inside.bare_await_with_event,
+        "events/s",
+        ">= 0.1",
+    ),
+    Comparison(
+        "dispatch with 10,000 other handlers / with 10",
+        lambda: inside.dispatch(10_000),
+        lambda: inside.dispatch(10),
+        "calls/s",
+        "~ 1",
+    ),
+    Comparison(
+        "agent start to READY / three bare imports",
+        startup.agent_start,
+        startup.bare_start,
+        "s",
+        "<= 1.5",
+    ),
+]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each pair (default 3)")
+    parser.add_argument("--only", default="", help="only rows whose name holds this word")
+    options = parser.parse_args()
+    print(f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}")
+    print(f"{'':46}{'ours':>12}{'peer':>12}  {'unit':<12}{'ratio':>7}{'spread':>14}  target")
+    for row in COMPARISONS:
+        if options.only in row.name:
+            _measure(row, options.rounds)
+    if options.only in "memory and idling of an agent":
+        resident, share = startup.memory_and_idling()
+        print(
+            f"{'an idle agent: resident MiB, per cent of a core':46}{resident:>12.1f}{share:>12.2f}"
+        )
+
+
+def _measure(row: Comparison, rounds: int) -> None:
+    ours, peer = [], []
+    for _ in range(rounds):
+        peer.append(row.peer())
+        ours.append(row.ours())
+    ratios = [one / other for one, other in zip(ours, peer, strict=True)]
+    ratio = statistics.median(ours) / statistics.median(peer)
+    print(
+        f"{row.name:46}{_short(statistics.median(ours)):>12}{_short(statistics.median(peer)):>12}"
+        f"  {row.unit:<12}{ratio:>7.2f}{f'{min(ratios):.2f}-{max(ratios):.2f}':>14}  {row.target}",
+        flush=True,
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    main()
