@@ -254,7 +254,6 @@ class _Channel:
 _MEMBERS = {
     "InMemoryMessageBroker": "mesh.brokers.memory",
     "ZeroMQMessageBroker": "mesh.brokers.zeromq",
-    "RedisMessageBroker": "mesh.brokers.redis",
 }
 
 

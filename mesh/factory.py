@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _MEMBERS = {
     "memory": ("mesh.brokers.memory", "InMemoryMessageBroker"),
     "zmq": ("mesh.brokers.zeromq", "ZeroMQMessageBroker"),
-    "redis": ("mesh.brokers.redis", "RedisMessageBroker"),
 }
 
 
@@ -31,15 +30,19 @@ def make_broker(config: MessageBusConfig, directory: str | Path | None = None) -
     Args:
         config: The settings.
         directory: The mesh's run directory, for fabrics that live in one.
+
+    Raises:
+        ConfigurationError: This version has no such fabric.
     """
+    if config.broker_type not in _MEMBERS:
+        raise ConfigurationError(
+            f"broker_type={config.broker_type}: this version has {', '.join(_MEMBERS)};"
+            " set LEGION_BROKER_TYPE to one of them"
+        )
     module, name = _MEMBERS[config.broker_type]
     member: Any = getattr(importlib.import_module(module), name)
     if config.broker_type == "zmq":
         made: MessageBroker = member(directory)
-    elif config.broker_type == "redis":
-        made = member(
-            host=config.redis_host, port=config.redis_port, password=config.redis_password
-        )
     else:
         made = member()
     return made

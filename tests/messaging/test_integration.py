@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh import (
+    ConfigurationError,
     ConsumerConfig,
     Event,
     EventConsumer,
@@ -196,3 +197,8 @@ async def test_dispatch_says_how_many_ran(caplog: pytest.LogCaptureFixture) -> N
     assert (executed, nobody) == (2, 0)
     assert order == ["critical", "low"]
     assert caplog.text.count("No handlers registered for event") == 1
+
+
+async def test_a_fabric_that_is_not_there_is_told() -> None:
+    with pytest.raises(ConfigurationError, match="broker_type=redis: this version has memory, zmq"):
+        await MessageBusFactory.create_message_bus(broker_type="redis")
