@@ -3,59 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import configparser
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mesh.errors import AlreadyRunningError, MeshError
+from mesh.errors import AlreadyRunningError, ConfigurationError, MeshError
 from mesh.ledger import account, read_ledgers
-from mesh.supervision.programs import (
-    INFRASTRUCTURE,
-    conf_of,
-    programs_of,
-    render,
-    render_again,
-    script_of,
-)
-from mesh.supervision.supervisord import (
-    ProcessInfo,
-    SupervisorClient,
-    SupervisorError,
-    SupervisorSilentError,
-    SupervisorUnavailableError,
-)
+from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Mapping
+    from pathlib import Path
 
     from mesh.rundir import RunDir
 
-__all__ = [
-    "INFRASTRUCTURE",
-    "BootError",
-    "ProgramState",
-    "down",
-    "last_words",
-    "program_state",
-    "programs_of",
-    "reload",
-    "render",
-    "restart",
-    "script_of",
-    "up",
-    "wait_ready",
-]
-
+INFRASTRUCTURE = ("forwarder", "monitor")
+_PROGRAM = "program:"
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _LOOK_S = 0.1
-#: What is ending already is waited for so long: supervisord's stopwaitsecs and a little.
-_ENDING_S = 12.0
-_FIRST_ANSWER_S = 10.0
 
 
 class BootError(MeshError):
@@ -72,6 +44,65 @@ class ProgramState:
     pid: int
     #: The last line it printed, when it failed.
     last_words: str = ""
+
+
+def programs_of(project: Path) -> list[str]:
+    """
+    List the programs of a project's supervisord.conf.
+
+    Raises:
+        ConfigurationError: There is none, or it cannot be read.
+    """
+    return [
+        name[len(_PROGRAM) :] for name in _read(project).sections() if name.startswith(_PROGRAM)
+    ]
+
+
+def script_of(project: Path, name: str) -> str | None:
+    """Give the script a program runs; None for the mesh's own programs."""
+    words = _read(project).get(_PROGRAM + name, "command", fallback="").split()
+    if "mesh.runtime" in words:
+        return words[words.index("mesh.runtime") + 1]
+    return None
+
+
+def render(project: Path, rundir: RunDir, agents: Collection[str] | None = None) -> Path:
+    """
+    Write the project's supervisord.conf for a run directory.
+
+    Args:
+        project: Where supervisord.conf is.
+        rundir: The mesh's directory.
+        agents: Only these agents; default all.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ConfigurationError: A program has a bad name, or an agent is not in the file.
+    """
+    parser = _read(project)
+    names = [name[len(_PROGRAM) :] for name in parser.sections() if name.startswith(_PROGRAM)]
+    problems = [f"[program:{name}]: no usable name" for name in names if not _NAME.fullmatch(name)]
+    problems += [
+        f"{name!r} is no program of {project / 'supervisord.conf'}; it has {', '.join(names)}"
+        for name in (agents or ())
+        if name not in names
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+    for name in names:
+        if agents is not None and name not in agents and name not in INFRASTRUCTURE:
+            parser.remove_section(_PROGRAM + name)
+    for section in parser.sections():
+        for key, value in parser.items(section):
+            parser.set(section, key, _translate(value, project, rundir))
+    if os.geteuid() == 0:
+        parser.set("supervisord", "user", "root")
+    path = rundir.path / "conf" / "supervisord.conf"
+    with path.open("w") as file:
+        parser.write(file)
+    return path
 
 
 async def up(
@@ -98,10 +129,10 @@ async def up(
     rundir.ensure()
     client = SupervisorClient(rundir.socket("supervisor"))
     with rundir.acquire(rundir.lock("mesh")):
-        await _refuse_second(client, rundir)
-        conf = render(project, rundir, agents)
+        if await client.is_up():
+            raise AlreadyRunningError(f"the mesh in {rundir.path}", await client.pid())
         await _dismiss_adhoc_forwarder(rundir)
-        await _await_predecessors(rundir, programs_of(project))
+        conf = render(project, rundir, agents)
         _clear(rundir)
         environment = {**os.environ, "MESH_DIR": str(rundir.path)}
         environment |= {
@@ -109,13 +140,7 @@ async def up(
         }
         said = rundir.path / "log" / "supervisord.out"
         pid = await asyncio.to_thread(_spawn, conf, project, environment, said)
-        try:
-            await _await_answer(client, pid, said)
-        except BaseException:
-            # Nobody would know of it
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-            raise
+        await _await_answer(client, pid, said)
         return pid
 
 
@@ -180,21 +205,15 @@ async def down(rundir: RunDir, *, timeout_s: float = 30.0) -> None:
     """
     client = SupervisorClient(rundir.socket("supervisor"))
     pid = await client.pid()
-    programs = await client.processes()
-    names = [each.name for each in programs if not each.has_given_up]
+    names = [each.name for each in await client.processes() if not each.has_given_up]
     views = read_ledgers(rundir.ledgers)
     sources = [name for name in names if name in views and views[name].sources != "none"]
-    # One that cannot be stopped singly ends with supervisord
-    with contextlib.suppress(SupervisorError):
-        await _stop_all(client, sources)
-        await _settle(rundir)
-        await _stop_all(client, [n for n in names if n not in sources and n not in INFRASTRUCTURE])
-        await _stop_all(client, [name for name in names if name in INFRASTRUCTURE])
-    with contextlib.suppress(SupervisorUnavailableError):
-        programs += await client.processes()
-        await client.shutdown()
+    await _stop_all(client, sources)
+    await _settle(rundir)
+    await _stop_all(client, [n for n in names if n not in sources and n not in INFRASTRUCTURE])
+    await _stop_all(client, [name for name in names if name in INFRASTRUCTURE])
+    await client.shutdown()
     await _await_end(pid, timeout_s)
-    _kill_left(rundir, {each.pid for each in programs if each.pid})
 
 
 async def reload(project: Path, rundir: RunDir) -> tuple[list[str], list[str], list[str]]:
@@ -205,8 +224,9 @@ async def reload(project: Path, rundir: RunDir) -> tuple[list[str], list[str], l
         The programs that were added, restarted and removed.
     """
     client = SupervisorClient(rundir.socket("supervisor"))
-    if conf_of(rundir).exists():
-        render_again(project, rundir)
+    rendered = rundir.path / "conf" / "supervisord.conf"
+    if rendered.exists():
+        render(project, rundir)
     added, changed, removed = await client.reload()
     for name in (*changed, *removed):
         await client.stop(name)
@@ -224,12 +244,10 @@ async def restart(rundir: RunDir, names: Collection[str]) -> None:
         await client.start(name)
 
 
-async def _stop_all(client: SupervisorClient, names: Iterable[str]) -> None:
-    """Stop programs at the same time; all are tried before the first failure is raised."""
-    outcomes = await asyncio.gather(*map(client.stop, names), return_exceptions=True)
-    for outcome in outcomes:
-        if outcome is not None:
-            raise outcome
+async def _stop_all(client: SupervisorClient, names: list[str]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for name in names:
+            tasks.create_task(client.stop(name), name=f"stop-{name}")
 
 
 async def _settle(rundir: RunDir, patience_s: float = 1.0) -> None:
@@ -268,15 +286,14 @@ def _spawn(conf: Path, project: Path, environment: dict[str, str], said: Path) -
 
 
 async def _await_answer(client: SupervisorClient, pid: int, said: Path) -> None:
-    give_up_s = time.monotonic() + _FIRST_ANSWER_S
-    while time.monotonic() < give_up_s:
+    for _ in range(200):
         if await client.is_up():
             return
         if not _lives(pid):
             break
         await asyncio.sleep(0.05)
-    words = said.read_text(errors="replace").strip()
-    raise BootError(f"supervisord did not start: {words or 'no answer on its socket'}")
+    words = await asyncio.to_thread(said.read_text, errors="replace")
+    raise BootError(f"supervisord did not start: {words.strip() or 'no answer on its socket'}")
 
 
 async def _await_end(pid: int, timeout_s: float) -> None:
@@ -297,54 +314,6 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _kill_left(rundir: RunDir, pids: Iterable[int]) -> None:
-    """Kill what supervisord should have ended, and nobody who has got the number since."""
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            facts = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            if b"MESH_SUPERVISED=1" in facts and _names_directory(facts, rundir):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _names_directory(environment: list[bytes], rundir: RunDir) -> bool:
-    return b"MESH_DIR=" + os.fsencode(rundir.path) in environment
-
-
-async def _refuse_second(client: SupervisorClient, rundir: RunDir) -> None:
-    """Return when no supervisord lives here; one that is ending is waited for."""
-    what = f"the mesh in {rundir.path}"
-    give_up_s = time.monotonic() + _ENDING_S
-    while True:
-        try:
-            raise AlreadyRunningError(what, await client.pid())
-        except SupervisorSilentError:
-            # It may be stopped; taking its socket from it would make a second mesh
-            raise AlreadyRunningError(what, _written_pid(rundir)) from None
-        except SupervisorUnavailableError:
-            return
-        except SupervisorError:
-            if time.monotonic() > give_up_s:
-                raise AlreadyRunningError(what, _written_pid(rundir)) from None
-        await asyncio.sleep(0.05)
-
-
-def _written_pid(rundir: RunDir) -> int | None:
-    try:
-        return int((rundir.path / "run" / "supervisord.pid").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-async def _await_predecessors(rundir: RunDir, names: Iterable[str]) -> None:
-    """Wait for agents that are just ending because their supervisord was killed."""
-    give_up_s = time.monotonic() + _ENDING_S
-    for name in names:
-        while (pid := rundir.holder(rundir.lock(name))) is not None:
-            if time.monotonic() > give_up_s:
-                raise AlreadyRunningError(f"{name} in {rundir.path}", pid)
-            await asyncio.sleep(0.05)
-
-
 async def _dismiss_adhoc_forwarder(rundir: RunDir) -> None:
     """Ask the forwarder of a plain script to make room for the supervised one."""
     path = rundir.lock("forwarder")
@@ -363,9 +332,37 @@ async def _dismiss_adhoc_forwarder(rundir: RunDir) -> None:
 
 
 def _clear(rundir: RunDir) -> None:
-    """Begin a new account; what a living process of a script of its own uses stays."""
-    for pattern in ("ledger/*", "agents/*", "run/*.sock*", "log/*.out*"):
-        for path in rundir.path.glob(pattern):
-            name = path.name if pattern == "ledger/*" else path.name.rsplit(".", 1)[0]
-            if rundir.holder(rundir.lock(name.removesuffix(".ctl"))) is None:
-                path.unlink(missing_ok=True)
+    """Begin a new account: nothing lives in the directory now."""
+    for folder in ("ledger", "agents"):
+        for path in (rundir.path / folder).iterdir():
+            path.unlink(missing_ok=True)
+    for path in (rundir.path / "run").glob("*.sock*"):
+        path.unlink(missing_ok=True)
+    for path in (rundir.path / "log").glob("*.out*"):
+        path.unlink(missing_ok=True)
+
+
+def _read(project: Path) -> configparser.RawConfigParser:
+    path = project / "supervisord.conf"
+    parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
+    try:
+        with path.open() as file:
+            parser.read_file(file)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path}: {error.strerror}; run this in a project that has one"
+        ) from error
+    except configparser.Error as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    return parser
+
+
+def _translate(value: str, project: Path, rundir: RunDir) -> str:
+    """Put real paths where the file says ``%(here)s``."""
+    for pattern, path in (
+        ("%(here)s/.venv/bin/python", sys.executable),
+        ("%(here)s/.mesh", str(rundir.path)),
+        ("%(here)s", str(project.absolute())),
+    ):
+        value = value.replace(pattern, path.replace("%", "%%"))
+    return value

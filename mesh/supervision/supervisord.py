@@ -8,15 +8,12 @@ a call on the loop, with the standard library's XML-RPC marshalling.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
 import re
 import xmlrpc.client
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from xml.parsers.expat import ExpatError
 
-from mesh.errors import EXIT_CONFIGURATION, MeshError
+from mesh.errors import MeshError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,8 +22,6 @@ TIMEOUT_S = 2.0
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 #: supervisor.xmlrpc.Faults.NOT_RUNNING
 NOT_RUNNING = 70
-#: supervisord's loop turns once a second, and its times are whole seconds.
-_RESPAWN_S = 3
 _MAX_ANSWER_BYTES = 16 * 1024 * 1024
 
 
@@ -49,10 +44,6 @@ class SupervisorUnavailableError(SupervisorError):
     """Nobody answers on supervisord's socket."""
 
 
-class SupervisorSilentError(SupervisorUnavailableError):
-    """Somebody has the socket open but does not answer in time: stopped, or very busy."""
-
-
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
     """One program as supervisord sees it."""
@@ -66,17 +57,11 @@ class ProcessInfo:
     #: Seconds since 1970; 0: never.
     started_at_s: float
     stopped_at_s: float
-    #: When supervisord said this, by the same clock.
-    told_at_s: float = math.inf
 
     @property
     def has_given_up(self) -> bool:
         """Say whether supervisord will not start it again by itself."""
-        if self.state == "EXITED":
-            # Also the state of one that is about to be started again, for a turn of its loop
-            exited_for_s = self.told_at_s - self.stopped_at_s
-            return self.exit_status == EXIT_CONFIGURATION or exited_for_s >= _RESPAWN_S
-        return self.state in ("FATAL", "STOPPED")
+        return self.state in ("FATAL", "EXITED", "STOPPED")
 
 
 class SupervisorClient:
@@ -114,7 +99,6 @@ class SupervisorClient:
                 spawn_error=row["spawnerr"],
                 started_at_s=row["start"],
                 stopped_at_s=row["stop"],
-                told_at_s=row["now"],
             )
             for row in await self._call("getAllProcessInfo")
         ]
@@ -158,10 +142,10 @@ class SupervisorClient:
             async with asyncio.timeout(timeout_s):
                 answer = await self._post(body)
         except TimeoutError:
-            raise SupervisorSilentError(
+            raise SupervisorUnavailableError(
                 f"supervisord on {self._path} did not answer {method} within {timeout_s:g} s"
             ) from None
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        except (OSError, asyncio.IncompleteReadError) as error:
             raise SupervisorUnavailableError(
                 f"no supervisord answers on {self._path} ({error}); start one with `mesh up`"
             ) from error
@@ -172,11 +156,6 @@ class SupervisorClient:
             raise SupervisorError(
                 f"supervisord: {fault.faultString} ({words})", fault.faultCode
             ) from None
-        except (ExpatError, xmlrpc.client.Error, TypeError, ValueError, LookupError) as error:
-            raise SupervisorUnavailableError(
-                f"what answers on {self._path} is no supervisord ({error}); another program has"
-                " taken its socket"
-            ) from error
         return result
 
     async def _post(self, body: bytes) -> bytes:
@@ -197,8 +176,6 @@ class SupervisorClient:
             return await reader.readexactly(size)
         finally:
             writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
 
 
 def _checked(name: str) -> str:
