@@ -39,6 +39,13 @@ COMPARISONS = [
         ">= 1.0",
     ),
     Comparison(
+        "throughput 200 B, published one by one / raw",
+        lambda: cross.mesh_throughput(300_000, 200, batch=1),
+        lambda: cross.raw_throughput(300_000, 200),
+        "events/s",
+        ">= 0.7",
+    ),
+    Comparison(
         "throughput 200 B / unix socket limit",
         lambda: cross.mesh_throughput(300_000, 200),
         lambda: cross.socket_throughput(300_000, 200),

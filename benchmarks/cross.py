@@ -54,12 +54,12 @@ def socket_throughput(count: int, size: int) -> float:
         return float(wait_for(directory / "limit")["events_per_s"])
 
 
-def mesh_throughput(count: int, size: int, subscribers: int = 1) -> float:
+def mesh_throughput(count: int, size: int, subscribers: int = 1, batch: int = 100) -> float:
     """The mesh on ZeroMQ, everything on; events/s delivered in all."""
     with private_directory() as directory, contextlib.ExitStack() as running:
         names = [f"counter-{number}" for number in range(subscribers)]
         _start_counters(running, directory, names, count=count, size=size)
-        _start_sender(running, directory, count=count, size=size)
+        _start_sender(running, directory, count=count, size=size, batch=batch)
         return sum(float(wait_for(directory / name)["events_per_s"]) for name in names)
 
 
@@ -80,19 +80,23 @@ def raw_latency(count: int, rate: float) -> tuple[float, float]:
 def mesh_latency(count: int, rate: float) -> tuple[float, float]:
     """The mesh on ZeroMQ, everything on; p50 and p99 in microseconds."""
     with private_directory() as directory, contextlib.ExitStack() as running:
-        _start_counters(running, directory, ["counter"], count=count, size=200, rate=rate)
-        _start_sender(running, directory, count=count, size=200, rate=rate)
+        _start_counters(running, directory, ["counter"], "stopwatch", count=count)
+        _start_sender(running, directory, count=count, size=200, rate=rate, batch=1)
         return _percentiles(wait_for(directory / "counter")["delays_us"])
 
 
 def _start_counters(
-    running: contextlib.ExitStack, directory: Path, names: list[str], **params: float
+    running: contextlib.ExitStack,
+    directory: Path,
+    names: list[str],
+    script: str = "counter",
+    **params: float,
 ) -> None:
     for name in names:
         running.enter_context(
             process(
                 *AGENT,
-                "benchmarks/counter.py",
+                f"benchmarks/{script}.py",
                 "--name",
                 name,
                 environment=_environment(directory, params),

@@ -33,7 +33,7 @@ from mesh.requests import Requester
 from mesh.topics import check_topic
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from mesh.broker import MessageBroker
@@ -203,6 +203,8 @@ class Agent:
                 wire_format=config.wire_format,
             )
         )
+        if type(self).publish is Agent.publish:
+            vars(self)["publish"] = self.publisher.publish
         self.consumer = EventConsumer(
             ConsumerConfig(
                 agent_name=context.name,
@@ -245,10 +247,14 @@ class Agent:
         expires_in_s: float | None = None,
     ) -> Coroutine[Any, Any, Event]:
         """Publish an event in this agent's name; see `EventPublisher.publish`."""
-        # Hands the coroutine on instead of awaiting it: one frame less an event
+        # `__init__` puts the publisher's own method in this one's place: one frame less an event
         return self.publisher.publish(
             event_type, data, correlation_id, key=key, expires_in_s=expires_in_s
         )
+
+    async def publish_batch(self, events: Iterable[tuple[str, Any]]) -> int:
+        """Publish many events in order, far cheaper each; see `EventPublisher.publish_batch`."""
+        return await self.publisher.publish_batch(events)
 
     async def request(
         self, event_type: str, data: Any, *, timeout_s: float = 5.0, key: str | None = None
@@ -270,9 +276,10 @@ class Agent:
         """
         if request.reply_to is None:
             raise PayloadError(f"event {request.type!r} {request.id} asks for no reply")
-        await self.publisher.publish(
+        answer = self.publisher.make_event(
             request.reply_to, data, request.correlation_id, causation_id=request.id
         )
+        await self.publisher.publish_event(answer)
 
     async def offload(self, func: Callable[..., Any], *args: Any, timeout_s: float = 30.0) -> Any:
         """

@@ -34,16 +34,13 @@ class SystemClock:
 
     __slots__ = ()
 
-    # A partial of C functions, not a method: it is asked once an event
+    # C functions, not methods: they are asked once an event
     now = staticmethod(functools.partial(datetime.now, UTC))
+    mono_s = staticmethod(time.monotonic)
 
     def time_s(self) -> float:
         """Tell the wall-clock time in seconds since 1970."""
         return time.time()
-
-    def mono_s(self) -> float:
-        """Tell the monotonic time in seconds; the same clock in all processes of a host."""
-        return time.monotonic()
 
     async def sleep(self, delay_s: float) -> None:
         """Wait for `delay_s` seconds."""

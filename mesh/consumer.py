@@ -11,7 +11,7 @@ import asyncio
 import logging
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mesh import codec
 from mesh.causality import current_event
@@ -115,6 +115,23 @@ class _Slot:
         self.pausing = False
 
 
+class _Route(NamedTuple):
+    """Where the events of a topic go in this agent."""
+
+    handlers: tuple[Handler, ...]
+    lane: int
+    #: The class that all handlers want the payload in, when they agree.
+    schema: type[Any] | None
+
+
+def _route(handlers: tuple[Handler, ...]) -> _Route:
+    if not handlers:
+        return _Route(handlers, 0, None)
+    schemas = {handler.schema for handler in handlers}
+    schema = handlers[0].schema if len(schemas) == 1 else None
+    return _Route(handlers, _LANE_OF[handlers[0].priority], schema)
+
+
 class EventConsumer:
     """
     Base class of agents that consume: register handlers in `initialize`, then `start` and `stop`.
@@ -136,6 +153,7 @@ class EventConsumer:
             max_retries=config.max_retries, first_delay_s=config.retry_delay_ms / 1000
         )
         self._links: dict[tuple[str, str], int] = {}
+        self._routes: dict[str, _Route] = {}
         self._slots: list[_Slot] = []
         self._watch_task: asyncio.Task[None] | None = None
         self._blocked = False
@@ -242,8 +260,12 @@ class EventConsumer:
 
     def receive(self, topic: str, frame: bytes) -> None:
         """Take a frame from the fabric. Whatever is in it, nothing is raised."""
+        route = self._routes.get(topic)
+        handlers = self.registry.handlers_of(topic, self.agent_name)
+        if route is None or route.handlers is not handlers:
+            route = self._routes[topic] = _route(handlers)
         try:
-            batch = codec.decode_frame(topic, frame)
+            batch = codec.decode_frame(topic, frame, route.schema)
         except FrameError as error:
             self._reject(topic, error.reason, str(error), frame)
             return
@@ -261,14 +283,11 @@ class EventConsumer:
             for reason, words, raw in batch.rejected:
                 self._reject(topic, reason, words, raw)
             cells[at + IN_SETTLED] += arrived - len(batch.events)
-        handlers = self.registry.handlers_of(topic, self.agent_name)
         if not handlers:
             self.registry.say_unheard(topic)
             cells[at + IN_SETTLED] += len(batch.events)
-            return
-        if batch.events:
-            lane = _LANE_OF[handlers[0].priority]
-            self._put(Arrival(batch.events, handlers, lane, at))
+        elif batch.events:
+            self._put(Arrival(batch.events, handlers, route.lane, at))
 
     def _check_sequence(self, at: int, batch: codec.Batch) -> int:
         """Count what is missing before this batch; gives how many numbers it covers."""
@@ -374,35 +393,36 @@ class EventConsumer:
         cells, settled_at = self._cells, arrival.link + IN_SETTLED
         handlers, events, inbox, lane = arrival.handlers, arrival.events, slot.inbox, arrival.lane
         only = handlers[0] if len(handlers) == 1 else None
+        run = handlers[0].run
         slot.handler = only
         set_current = current_event.set
         begun = position = arrival.position
         failed = 0
-        end = len(events)
-        while position < end:
-            slot.event = event = events[position]
+        for event in events[position:] if position else events:
+            slot.event = event
             position += 1
             set_current(event)
             if event.expires_at is not None and self._is_expired(event):
                 failed += 1
             elif only is not None:
                 try:
-                    await only.run(event)
+                    await run(event)
                 except BaseException as error:  # noqa: BLE001 - sorted out in `_failed`
                     failed += 1
                     await self._failed(slot, only, event, error)
             else:
                 await self._run_each(slot, handlers, event)
             cells[settled_at] += 1
-            if inbox.urgent < lane and position < end:
-                arrival.position = position
-                inbox.put_back(arrival)
+            if inbox.urgent < lane:
                 break
+        if position < len(events):
+            arrival.position = position
+            inbox.put_back(arrival)
         slot.event = None
         set_current(None)
         if only is not None:
             only.calls += position - begun - failed
-        self._note_latency(events[position - 1])
+        self._note_latency(event)
 
     async def _run_each(self, slot: _Slot, handlers: tuple[Handler, ...], event: Event) -> None:
         for position, handler in enumerate(handlers):

@@ -18,7 +18,7 @@ import msgspec
 
 from mesh.codec import convert_payload
 from mesh.errors import HandlerSignatureError
-from mesh.events import Event
+from mesh.events import Event, payload_of
 from mesh.topics import check_topic
 
 if TYPE_CHECKING:
@@ -54,13 +54,17 @@ class Handler:
     max_retries: int | None = None
     #: Runs the handler with its payload decoded and all its middleware around.
     run: Run = field(init=False)
+    #: The class it wants payloads decoded into, when it wants one.
+    schema: type[Any] | None = field(init=False)
     calls: int = 0
     errors: int = 0
     last_error: str | None = None
 
     def __post_init__(self) -> None:
         """Work out how the function wants to be called."""
-        self.run = bind(self.func)
+        shape = signature_of(self.func)
+        self.schema = shape.schema
+        self.run = bind(self.func, shape)
 
     def failed(self, error: BaseException) -> None:
         """Count a failure."""
@@ -69,31 +73,31 @@ class Handler:
         self.last_error = f"{type(error).__name__}: {error}"
 
 
-def bind(func: Callable[..., Awaitable[Any]]) -> Run:
+def bind(func: Callable[..., Awaitable[Any]], shape: Shape) -> Run:
     """
     Give a function of one event that calls a handler the way its signature asks for.
 
     ``(event)``, ``(payload: Schema)`` and ``(payload: Schema, event)`` are understood; the payload
     is decoded into the annotated class.
-
-    Raises:
-        HandlerSignatureError: It is no coroutine function, or takes something else.
     """
-    shape = signature_of(func)
     if shape.schema is None:
         return func
     schema = shape.schema
-    if shape.wants_event:
 
-        async def run_with_both(event: Event) -> Any:
-            return await func(convert_payload(event.data, schema), event)
+    # Plain functions that hand the coroutine on: one frame less an event
+    def run_with_both(event: Event) -> Awaitable[Any]:
+        payload = payload_of(event)
+        if type(payload) is not schema:
+            payload = convert_payload(event.data, schema)
+        return func(payload, event)
 
-        return run_with_both
+    def run_with_payload(event: Event) -> Awaitable[Any]:
+        payload = payload_of(event)
+        if type(payload) is not schema:
+            payload = convert_payload(event.data, schema)
+        return func(payload)
 
-    async def run_with_payload(event: Event) -> Any:
-        return await func(convert_payload(event.data, schema))
-
-    return run_with_payload
+    return run_with_both if shape.wants_event else run_with_payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +375,11 @@ class EventHandlerRegistry:
 
 def own_copy(event: Event) -> Event:
     """Give a handler a payload of its own, so that none sees what its neighbour did to it."""
+    if (
+        isinstance(payload := payload_of(event), msgspec.Struct)
+        and payload.__struct_config__.frozen
+    ):
+        return event
     copied: Event = msgspec.structs.replace(
         event, data=msgspec.to_builtins(event.data, builtin_types=(bytes,))
     )

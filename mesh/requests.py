@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from mesh import codec
 from mesh.errors import FrameError, RequestTimeoutError
-from mesh.events import new_id
 from mesh.topics import PRIVATE_PREFIX
 
 if TYPE_CHECKING:
@@ -55,14 +54,12 @@ class Requester:
         """
         await self._attach()
         reply: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
-        identity = new_id()
+        request = self._publisher.make_event(event_type, data, key=key, reply_to=self._topic)
         # Before it leaves: publishing may wait, and the reply may be here first
-        self._waiting[identity] = reply
+        self._waiting[request.id] = reply
         try:
             async with asyncio.timeout(timeout_s):
-                await self._publisher.publish(
-                    event_type, data, key=key, reply_to=self._topic, event_id=identity
-                )
+                await self._publisher.publish_event(request)
                 return await reply
         except TimeoutError:
             raise RequestTimeoutError(
@@ -70,7 +67,7 @@ class Requester:
                 " does an agent that hears it run?"
             ) from None
         finally:
-            self._waiting.pop(identity, None)
+            self._waiting.pop(request.id, None)
 
     def receive(self, topic: str, frame: bytes) -> None:
         """Take a reply."""

@@ -15,7 +15,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
     ("9 supervision", [{"supervision.*"}]),
     ("8 assembly", [{"factory"}]),
     ("7 settings", [{"config"}]),
-    ("6 ends", [{"requests"}, {"publisher", "consumer", "workers"}]),
+    ("6 ends", [{"requests"}, {"publisher", "consumer", "workers"}, {"outbox"}]),
     ("5 middleware", [{"middleware.*", "inbox"}]),
     ("4 members", [{"brokers.*", "journals.*"}]),
     ("3 contracts", [{"broker", "journal", "handlers"}]),

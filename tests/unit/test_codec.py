@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mesh import codec
 from mesh.errors import EventTooLargeError, FrameError, PayloadError
-from mesh.events import Event, EventType, event_type
+from mesh.events import Event, EventType, event_type, payload_of
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 TOPIC = EventType.MARKET_DATA_RECEIVED
@@ -38,20 +38,19 @@ TICK = event_type("test.codec.tick", schema=Tick)
 
 
 def batch(*events: Event) -> bytes:
-    body = bytearray()
-    for event in events:
-        codec.pack_into(event, body, -1)
-    return codec.seal_batch(codec.batch_prefix("feed"), 7, 8, len(events), body)
+    return codec.encode_batch(codec.batch_prefix("feed"), 7, 8, list(events))
 
 
 def test_the_golden_frames_decode_for_ever() -> None:
     header = b"\xc1\x01\x04feed" + (7).to_bytes(8, "big") + (8).to_bytes(8, "big") + b"\x00\x01"
-    golden_batch = header + b"\xdd\x00\x00\x00\x01" + GOLDEN_EVENT
+    golden_batch = header + b"\x91" + GOLDEN_EVENT
+    # As it was written before arrays were kept short
+    old_batch = header + b"\xdd\x00\x00\x00\x01" + GOLDEN_EVENT
 
     assert codec.encode_single(EVENT) == GOLDEN_EVENT
     assert batch(EVENT) == golden_batch
     assert codec.encode_json(EVENT, epoch=7, sequence=8) == GOLDEN_JSON
-    for frame in (GOLDEN_EVENT, golden_batch, GOLDEN_JSON, b"[" + GOLDEN_JSON + b"]"):
+    for frame in (GOLDEN_EVENT, golden_batch, old_batch, GOLDEN_JSON, b"[" + GOLDEN_JSON + b"]"):
         decoded = codec.decode_frame(TOPIC, frame)
         assert decoded.events == [EVENT]
         assert decoded.events[0].type is TOPIC
@@ -161,3 +160,28 @@ def test_own_types_come_back_as_what_they_were_declared() -> None:
     assert back == event
     assert isinstance(back, Event)
     assert back.type == TICK
+
+
+def test_payloads_come_as_what_the_handlers_ask_for() -> None:
+    event = Event(TICK, {"symbol": "BTC", "price": 1.0}, "feed", WHEN, "c", "e")
+
+    (typed,) = codec.decode_frame(TICK, batch(event), Tick).events
+
+    assert payload_of(typed) == Tick("BTC", 1.0)
+    assert typed.data == {"symbol": "BTC", "price": 1.0}
+    assert typed == event
+
+
+def test_payloads_that_do_not_fit_the_wish_come_as_dicts() -> None:
+    event = Event(TICK, {"symbol": "BTC", "price": "1.0"}, "feed", WHEN, "c", "e")
+
+    (plain,) = codec.decode_frame(TICK, batch(event), Tick).events
+
+    assert payload_of(plain) == {"symbol": "BTC", "price": "1.0"}
+
+
+def test_a_published_event_reads_as_a_dict() -> None:
+    sent = Event(TICK, codec.payload_encoder(TICK)(Tick("BTC", 1.0)), "feed", WHEN, "c", "e")
+
+    assert sent.data["price"] == 1.0
+    assert sent.data is sent.data

@@ -1,0 +1,312 @@
+"""
+What an agent has published and the fabric has not taken yet: one batch a topic, numbered.
+
+Batches form by themselves. The first event of a loop turn leaves at once; those that follow in the
+same turn travel together, one frame a type, which leaves at the end of the turn, or at 512 events,
+or at 64 KiB. No timer is ever waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mesh import codec
+from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError
+from mesh.events import declaration_of
+from mesh.ledger import OUT_EPOCH, OUT_SEQUENCE
+from mesh.topics import PRIVATE_PREFIX, check_topic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mesh.broker import MessageBroker
+    from mesh.clock import Clock
+    from mesh.events import Event
+    from mesh.ledger import Ledger
+
+_log = logging.getLogger(__name__)
+
+#: A publisher that never waits gives the loop a turn after so many full batches.
+_BATCHES_A_TURN = 4
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """What goes out on one topic, and the batch of it that is being filled."""
+
+    topic: str
+    #: What `event.type` shows.
+    member: str
+    #: Checks a payload and gives what travels.
+    encode: Callable[[Any], Any]
+    encode_all: Callable[[Sequence[Any]], list[Any]]
+    #: When the numbering began (ns since 1970); 0: private topics are not numbered.
+    epoch: int
+    #: Where the ledger keeps the number of the last event.
+    sequence_at: int
+    sequence: int
+    #: False: every event is a message of its own.
+    batched: bool
+    #: Bytes of payload in the batch.
+    size: int = 0
+    events: list[Event] = field(default_factory=list)
+
+
+class Outbox:
+    """
+    The batches of one publisher.
+
+    Args:
+        agent_name: In whose name they leave.
+        broker: Where they go.
+        ledger: Where they are numbered.
+        clock: When numbering begins.
+        wire_format: ``msgpack`` or ``json``.
+        timeout_s: How long a full fabric is waited for.
+    """
+
+    def __init__(
+        self,
+        agent_name: str,
+        broker: MessageBroker,
+        ledger: Ledger,
+        clock: Clock,
+        wire_format: str,
+        timeout_s: float,
+    ) -> None:
+        """Begin empty."""
+        self._agent_name = agent_name
+        self._broker = broker
+        self._try_send = broker.try_send
+        self._ledger = ledger
+        self._cells = ledger.cells
+        self._clock = clock
+        self._json = wire_format == "json"
+        self._timeout_s = timeout_s
+        self._prefix = codec.batch_prefix(agent_name)
+        self._dirty: list[Outgoing] = []
+        #: True from the first event of a loop turn to the end of the turn.
+        self._in_turn = False
+        self._drainer: asyncio.Task[None] | None = None
+        self._full_batches = 0
+        self._closed = False
+
+    def open(self, event_type: str) -> Outgoing:
+        """
+        Make what is needed to publish on a topic.
+
+        Raises:
+            TopicError: The type breaks the topic grammar.
+            ClosedError: The publisher is closed.
+        """
+        topic = check_topic(event_type)
+        self._require_open()
+        encode, encode_all = codec.payload_encoder(topic), codec.payloads_encoder(topic)
+        member = declaration_of(topic).member
+        if topic.startswith(PRIVATE_PREFIX):
+            return Outgoing(topic, member, encode, encode_all, 0, 0, 0, batched=False)
+        at, cells = self._ledger.out(topic), self._cells
+        if not cells[at + OUT_EPOCH]:
+            # The numbering begins with the first event: whoever was ready before hears all of it
+            cells[at + OUT_EPOCH] = int(self._clock.time_s() * 1e9)
+        sequence_at = at + OUT_SEQUENCE
+        return Outgoing(
+            topic,
+            member,
+            encode,
+            encode_all,
+            cells[at + OUT_EPOCH],
+            sequence_at,
+            cells[sequence_at],
+            batched=not self._json,
+        )
+
+    def add(self, out: Outgoing, event: Event, size: int) -> bool:
+        """
+        Put an event into its batch.
+
+        Args:
+            out: What its topic's `open` gave.
+            event: Its payload comes from `out.encode`.
+            size: Bytes of its payload.
+
+        Returns:
+            True when the batch is full: then await `send_full`.
+
+        Raises:
+            ClosedError: The publisher or the broker is closed.
+            BrokerUnavailableError: The fabric cannot be reached; the event is counted as lost.
+        """
+        events = out.events
+        events.append(event)
+        out.size += size
+        self._cells[out.sequence_at] = out.sequence = out.sequence + 1
+        if len(events) == 1:
+            self._begin(out)
+            return out.size >= codec.MAX_BATCH_BYTES
+        return len(events) >= codec.MAX_BATCH_EVENTS or out.size >= codec.MAX_BATCH_BYTES
+
+    def _begin(self, out: Outgoing) -> None:
+        """Look after a batch with its first event; at the start of a turn it leaves at once."""
+        if self._closed:
+            out.events.clear()
+            self._require_open()
+        self._dirty.append(out)
+        if self._in_turn:
+            return
+        self._in_turn = True
+        asyncio.get_running_loop().call_soon(self._end_turn)
+        try:
+            self._send(out)
+        except (ClosedError, BrokerUnavailableError) as error:
+            self._drop(out, error)
+            raise
+
+    async def add_all(self, out: Outgoing, events: list[Event], sizes: list[int]) -> None:
+        """
+        Send many events of one topic, in full batches as far as they go.
+
+        Args:
+            out: What their topic's `open` gave.
+            events: Their payloads come from `out.encode_all`.
+            sizes: Bytes of their payloads.
+
+        Raises:
+            ClosedError: The publisher or the broker is closed.
+            BackpressureError: The fabric stayed full.
+        """
+        self._require_open()
+        begun, end = 0, len(events)
+        while begun < end:
+            held = len(out.events)
+            until = min(end, begun + codec.MAX_BATCH_EVENTS - held)
+            size = sum(sizes[begun:until])
+            while out.size + size > codec.MAX_BATCH_BYTES and until > begun + 1:
+                until -= 1
+                size -= sizes[until]
+            if not held:
+                self._dirty.append(out)
+            out.events += events[begun:until]
+            out.size += size
+            self._cells[out.sequence_at] = out.sequence = out.sequence + until - begun
+            begun = until
+            if begun < end:
+                await self.send_full(out)
+
+    async def send_alone(self, out: Outgoing, event: Event) -> None:
+        """Send an event as a message of its own: private topics, and the JSON form."""
+        if self._closed:
+            self._require_open()
+        if not self._json:
+            frame = codec.encode_single(event)
+        elif out.epoch:
+            frame = codec.encode_json(event, epoch=out.epoch, sequence=out.sequence + 1)
+            self._cells[out.sequence_at] = out.sequence = out.sequence + 1
+        else:
+            frame = codec.encode_json(event)
+        await self._broker.send(out.topic, frame, self._timeout_s)
+
+    async def send_full(self, out: Outgoing) -> None:
+        """
+        Send a full batch; now and then give the loop a turn.
+
+        Raises:
+            BackpressureError: The fabric stayed full; the batch is counted as lost.
+        """
+        if not self._send(out):
+            await self._wait_sent(out, self._timeout_s)
+        self._full_batches += 1
+        if self._full_batches % _BATCHES_A_TURN == 0:
+            await asyncio.sleep(0)
+
+    async def flush(self, timeout_s: float | None = None) -> None:
+        """
+        Return when everything so far has been handed to the fabric.
+
+        Raises:
+            BackpressureError: The fabric stayed full.
+        """
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        for out in list(self._dirty):
+            if not self._send(out):
+                await self._wait_sent(out, limit_s)
+
+    async def close(self) -> None:
+        """Send what is batched; adding afterwards raises."""
+        if self._closed:
+            return
+        try:
+            await self.flush()
+        except BrokerUnavailableError as error:
+            _log.warning("%s: events were lost at close: %s", self._agent_name, error)
+        finally:
+            self._closed = True
+            if self._drainer is not None:
+                self._drainer.cancel()
+                await asyncio.gather(self._drainer, return_exceptions=True)
+
+    def _send(self, out: Outgoing) -> bool:
+        """Hand a batch to the fabric; False, and nothing changed, when it takes none now."""
+        events = out.events
+        if not events:
+            return True
+        first = out.sequence - len(events) + 1
+        frame = codec.encode_batch(self._prefix, out.epoch, first, events)
+        if not self._try_send(out.topic, frame):
+            return False
+        self._clear(out)
+        return True
+
+    def _clear(self, out: Outgoing) -> None:
+        out.events.clear()
+        out.size = 0
+        self._dirty.remove(out)
+
+    def _end_turn(self) -> None:
+        """Send everything at the end of the loop turn; leave the rest to a task if that fails."""
+        self._in_turn = False
+        for out in list(self._dirty):
+            try:
+                sent = self._send(out)
+            except (ClosedError, BrokerUnavailableError) as error:
+                self._drop(out, error)
+                continue
+            if not sent:
+                if self._drainer is None or self._drainer.done():
+                    self._drainer = asyncio.get_running_loop().create_task(
+                        self._drain(), name="publisher-drain"
+                    )
+                return
+
+    async def _drain(self) -> None:
+        try:
+            await self.flush()
+        except BrokerUnavailableError as error:
+            _log.warning("%s: %s", self._agent_name, error)
+
+    async def _wait_sent(self, out: Outgoing, limit_s: float) -> None:
+        try:
+            async with asyncio.timeout(limit_s):
+                while not self._send(out):
+                    await self._broker.wait_sendable()
+        except TimeoutError:
+            error = BackpressureError(
+                f"{self._broker.fabric} took no event on {out.topic!r} for {limit_s:g} s;"
+                " is a consumer stopped, or the fabric down?"
+            )
+            self._drop(out, error)
+            raise error from None
+
+    def _drop(self, out: Outgoing, error: Exception) -> None:
+        """Give a batch up. Its sequence numbers are spent, so every consumer counts the loss."""
+        lost = len(out.events)
+        self._ledger.count("unsent", lost)
+        _log.warning("%s lost %d events on %s: %s", self._agent_name, lost, out.topic, error)
+        self._clear(out)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the publisher of {self._agent_name!r} is closed; make a new one")
