@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from mesh.clock import SYSTEM_CLOCK
@@ -31,6 +30,7 @@ from mesh.middleware.filter import only
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester
 from mesh.topics import check_topic
+from mesh.values import Value, field
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -53,8 +53,7 @@ _SOURCE = "__mesh_source__"
 MAX_UNDER_WAY = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class _Marked:
+class _Marked(Value, frozen=True):
     """What `@on` was told."""
 
     topics: tuple[str, ...]
@@ -132,8 +131,7 @@ def source(method: _Method) -> _Method:
     return method
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentContext:
+class AgentContext(Value, frozen=True, kw_only=True):
     """What an agent is given by whoever runs it."""
 
     name: str

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
+
+from mesh.values import Value
 
 if TYPE_CHECKING:
     from mesh.rundir import RunDir
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class Card(Value, frozen=True, kw_only=True):
     """What an agent says of itself."""
 
     name: str

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from datetime import datetime
 from enum import Enum
 from itertools import chain
@@ -36,6 +36,7 @@ import msgspec
 
 from mesh.errors import EventTooLargeError, FrameError, PayloadError
 from mesh.events import Event, EventType, OwnEvent, declaration_of, payload_of
+from mesh.values import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -86,8 +87,7 @@ _parse_event = msgspec.json.Decoder(_Sequenced).decode
 _parse_batch = msgspec.json.Decoder(list[_Sequenced]).decode
 
 
-@dataclass(slots=True)
-class Batch:
+class Batch(State):
     """Events of one topic as they came in one frame."""
 
     topic: str

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mesh import codec
@@ -32,6 +31,7 @@ from mesh.ledger import (
 from mesh.logs import say_once
 from mesh.retry import RetryPolicy
 from mesh.topics import check_topic
+from mesh.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,8 +50,7 @@ CANCEL_GRACE_S = 5.0
 _UNNUMBERED = "(unnumbered)"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConsumerConfig:
+class ConsumerConfig(Value, frozen=True, kw_only=True):
     """What a consumer needs."""
 
     agent_name: str

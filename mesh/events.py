@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +22,7 @@ import msgspec
 
 from mesh.errors import TopicError
 from mesh.topics import PRIVATE_PREFIX, check_topic
+from mesh.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -234,8 +234,7 @@ class OwnEvent(Event, frozen=True, gc=False, eq=False, omit_defaults=True):
         type: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Declaration:
+class Declaration(Value, frozen=True, kw_only=True):
     """What is known of an event type."""
 
     #: The name on the wire.
@@ -313,7 +312,7 @@ def declare_schema(name: str, schema: type[Any]) -> None:
             f"payloads of {topic!r} are declared as {known.schema.__qualname__} already,"
             f" not {schema.__qualname__}"
         )
-    _declarations[topic] = replace(known, schema=schema)
+    _declarations[topic] = msgspec.structs.replace(known, schema=schema)
 
 
 def declaration_of(name: str) -> Declaration:

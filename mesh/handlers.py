@@ -11,7 +11,6 @@ import enum
 import inspect
 import logging
 import typing
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,6 +19,7 @@ from mesh.codec import convert_payload
 from mesh.errors import HandlerSignatureError
 from mesh.events import Event, payload_of
 from mesh.topics import check_topic
+from mesh.values import State, Value
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -40,8 +40,7 @@ class HandlerPriority(enum.IntEnum):
     LOW = 10
 
 
-@dataclass(slots=True, eq=False)
-class Handler:
+class Handler(State, eq=False):
     """One registered handler and what is counted of it."""
 
     topic: str
@@ -53,9 +52,9 @@ class Handler:
     timeout_s: float | None = None
     max_retries: int | None = None
     #: Runs the handler with its payload decoded and all its middleware around.
-    run: Run = field(init=False)
+    run: Run = None  # type: ignore[assignment]  # made in `__post_init__`
     #: The class it wants payloads decoded into, when it wants one.
-    schema: type[Any] | None = field(init=False)
+    schema: type[Any] | None = None
     calls: int = 0
     errors: int = 0
     last_error: str | None = None
@@ -100,8 +99,7 @@ def bind(func: Callable[..., Awaitable[Any]], shape: Shape) -> Run:
     return run_with_both if shape.wants_event else run_with_payload
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(Value, frozen=True):
     """How a handler wants to be called."""
 
     schema: type[Any] | None

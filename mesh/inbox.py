@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from mesh.values import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -23,8 +24,7 @@ OVERFLOWS = ("block", "drop_oldest", "latest")
 _LANES = 4
 
 
-@dataclass(slots=True, eq=False)
-class Arrival:
+class Arrival(State, eq=False):
     """Events of one frame on their way to the same handlers."""
 
     events: list[Event]

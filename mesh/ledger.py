@@ -20,10 +20,10 @@ import bisect
 import mmap
 import os
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mesh.errors import ConfigurationError
+from mesh.values import Value, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -234,8 +234,7 @@ def _records(memory: mmap.mmap | bytes) -> Iterator[tuple[int, str, int]]:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Out:
+class Out(Value, frozen=True):
     """What an agent has published on one topic."""
 
     epoch: int
@@ -243,8 +242,7 @@ class Out:
     frames: int
 
 
-@dataclass(frozen=True, slots=True)
-class In:
+class In(Value, frozen=True):
     """What an agent has heard from one publisher on one topic."""
 
     epoch: int
@@ -255,8 +253,7 @@ class In:
     dropped: int
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerView:
+class LedgerView(Value, frozen=True):
     """One agent's counters as they stood when they were read."""
 
     name: str
@@ -366,8 +363,7 @@ def read_ledgers(directory: Path) -> dict[str, LedgerView]:
     return views
 
 
-@dataclass(frozen=True, slots=True)
-class LinkAccount:
+class LinkAccount(Value, frozen=True):
     """The account of one publisher, topic and subscriber."""
 
     published: int
@@ -375,9 +371,12 @@ class LinkAccount:
     lost: int
     in_flight: int
 
+    def to_dict(self) -> dict[str, int]:
+        """Give the account as plain data."""
+        return {name: getattr(self, name) for name in self.__struct_fields__}
 
-@dataclass(frozen=True, slots=True)
-class Account:
+
+class Account(Value, frozen=True):
     """What became of every event of the mesh, from the ledgers alone."""
 
     links: Mapping[str, LinkAccount] = field(default_factory=dict)

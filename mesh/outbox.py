@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mesh import codec
@@ -18,6 +17,7 @@ from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError
 from mesh.events import declaration_of
 from mesh.ledger import OUT_EPOCH, OUT_SEQUENCE
 from mesh.topics import PRIVATE_PREFIX, check_topic
+from mesh.values import State, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,8 +33,7 @@ _log = logging.getLogger(__name__)
 _BATCHES_A_TURN = 4
 
 
-@dataclass(slots=True, eq=False)
-class Outgoing:
+class Outgoing(State, eq=False):
     """What goes out on one topic, and the batch of it that is being filled."""
 
     topic: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import repeat
 from operator import itemgetter
@@ -22,6 +21,7 @@ from mesh.handlers import compose
 from mesh.ledger import Ledger
 from mesh.outbox import Outbox, Outgoing
 from mesh.retry import RetryPolicy
+from mesh.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -39,8 +39,7 @@ _FRESH_S = 50e-6
 _first = itemgetter(0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublisherConfig:
+class PublisherConfig(Value, frozen=True, kw_only=True):
     """What a publisher needs."""
 
     agent_name: str

@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,7 @@ from mesh.loading import load_agent
 from mesh.logs import set_up_logging
 from mesh.rundir import RunDir
 from mesh.telemetry import tracing_middleware
+from mesh.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,8 +54,7 @@ BEAT_S = 1.0
 _loading = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
+class Launch(Value, frozen=True, kw_only=True):
     """How one agent process is started."""
 
     kind: type[Agent]

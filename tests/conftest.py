@@ -9,10 +9,10 @@ import os
 import secrets
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from mesh.events import EventType, declarations, set_declarations
@@ -59,7 +59,10 @@ def own_schemas(request: pytest.FixtureRequest) -> Iterator[None]:
     if "agents" not in request.path.parts:
         built_in = set(EventType)
         set_declarations(
-            [replace(each, schema=None) if each.topic in built_in else each for each in before]
+            [
+                msgspec.structs.replace(each, schema=None) if each.topic in built_in else each
+                for each in before
+            ]
         )
     yield
     known = {each.topic for each in before}

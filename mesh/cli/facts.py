@@ -74,7 +74,7 @@ class MeshFacts:
             "in_flight": self.in_flight,
             "lost_by_link": {name: link.lost for name, link in self.links.items() if link.lost},
             "programs": [asdict(each) for each in self.programs],
-            "links": {name: asdict(link) for name, link in self.links.items()},
+            "links": {name: link.to_dict() for name, link in self.links.items()},
         }
 
 
