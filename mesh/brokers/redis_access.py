@@ -223,7 +223,7 @@ def unavailable(address: Address, cause: Exception, access: Access) -> BrokerUna
     if isinstance(cause, TimeoutError) and not text:
         text = f"no answer for {access.timeout_s:g} s"
     if isinstance(cause, LostError) or "reset by peer" in text:
-        text += "" if access.tls else " (does it want TLS?)"
+        text += "" if access.tls or address.path else " (does it want TLS?)"
     return BrokerUnavailableError(f"redis at {address} cannot be reached: {text}")
 
 

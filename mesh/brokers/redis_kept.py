@@ -160,7 +160,8 @@ class KeptConnection:
             lost = connection.in_doubt
             self.in_doubt += lost
             doubt = f"; {lost} frames on their way may be lost" if lost else ""
-            reason = unavailable(self.address, connection.ended.result(), self._access)
+            reason = f"redis at {self.address} is lost: {connection.ended.result()}"
+            self.trouble = self.trouble or BrokerUnavailableError(reason)
             self._sparing.say("down", logging.WARNING, f"{reason}{doubt}; connecting anew")
 
     async def _open(self) -> RespConnection:
