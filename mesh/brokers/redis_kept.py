@@ -88,7 +88,7 @@ class KeptConnection:
         #: The address of the latest attempt.
         self.address: Address
         self._up = asyncio.Event()
-        self._denied: AccessDeniedError | None = None
+        self._fatal: BaseException | None = None
         self._keeper: asyncio.Task[None] | None = None
         #: The living connection; None while there is none.
         self.connection: RespConnection | None = None
@@ -100,6 +100,7 @@ class KeptConnection:
     def start(self) -> None:
         """Begin to connect."""
         self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="redis-keeper")
+        self._keeper.add_done_callback(self._ended_keeping)
 
     async def wait_up(self) -> RespConnection:
         """
@@ -109,8 +110,8 @@ class KeptConnection:
             AccessDeniedError: The server refused us, and there never was a connection.
         """
         while (connection := self.connection) is None:
-            if self._denied is not None:
-                raise self._denied
+            if self._fatal is not None:
+                raise self._fatal
             await self._up.wait()
         return connection
 
@@ -140,9 +141,7 @@ class KeptConnection:
                 self._fail(error)
                 if down_since_s is None and isinstance(error, AccessDeniedError):
                     # At the first attempt it is a mistake in the settings; later, somebody at work
-                    self._denied = error
-                    self._up.set()
-                    return
+                    raise
                 down_since_s = down_since_s or time.monotonic()
                 failures += 1
                 await asyncio.sleep(_BACK_OFF.delay_s(failures))
@@ -163,6 +162,12 @@ class KeptConnection:
             reason = f"redis at {self.address} is lost: {connection.ended.result()}"
             self.trouble = self.trouble or BrokerUnavailableError(reason)
             self._sparing.say("down", logging.WARNING, f"{reason}{doubt}; connecting anew")
+
+    def _ended_keeping(self, keeper: asyncio.Task[None]) -> None:
+        """Let nobody wait for a connection that nobody makes any more."""
+        if not keeper.cancelled():
+            self._fatal = keeper.exception()
+            self._up.set()
 
     async def _open(self) -> RespConnection:
         self.address = await self._find()

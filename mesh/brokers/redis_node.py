@@ -156,7 +156,8 @@ class Node:
         self.wanted -= held
         self._confirmed -= held
         if self.hearer.connection is not None:
-            self.hearer.connection.unsubscribe(self._terms.unsubscribe, sorted(held))
+            for group in self._groups(held):
+                self.hearer.connection.unsubscribe(self._terms.unsubscribe, group)
 
     def resume(self) -> None:
         """Read on after `deliver` said stop."""
@@ -231,6 +232,11 @@ class Node:
                 raise outcome
         if failed:
             raise failed[0]
+
+    def _groups(self, channels: set[bytes]) -> list[list[bytes]]:
+        """Give the channels of each command: in a cluster those of one must lie in one slot."""
+        ordered = sorted(channels)
+        return [[each] for each in ordered] if self._terms.sharded else [ordered]
 
     # -- what connections tell -----------------------------------------------------------------
 

@@ -274,17 +274,18 @@ class RespConnection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def _confirm(self, reply: list[Any]) -> None:
-        """Take the answer to (S)SUBSCRIBE, (S)UNSUBSCRIBE or PING of a subscribed connection."""
+        """Take a confirmation, one that nobody asked for, or a reply that is a list."""
         kind = reply[0]
         head = self._awaited[0] if self._awaited else None
-        if kind == b"pong":
-            self._answer(reply)
-        elif type(head) is _Awaited and head.kind == kind:
+        if type(head) is _Awaited and head.kind == kind:
             head.left -= 1
             if not head.left:
                 self._answer(reply)
-        elif kind in (b"unsubscribe", b"sunsubscribe") and self._on_unsubscribed is not None:
-            self._on_unsubscribed(reply[1])
+        elif kind in (b"unsubscribe", b"sunsubscribe"):
+            if self._on_unsubscribed is not None:
+                self._on_unsubscribed(reply[1])
+        else:
+            self._answer(reply)
 
     def _answer(self, reply: Any) -> None:
         if not self._awaited:
