@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from mesh.agent import Agent, AgentContext, every, on, source
     from mesh.broker import MessageBroker
     from mesh.brokers.memory import InMemoryMessageBroker
+    from mesh.brokers.redis import RedisMessageBroker
     from mesh.brokers.zeromq import ZeroMQMessageBroker
     from mesh.config import MessageBusConfig
     from mesh.consumer import ConsumerConfig, EventConsumer
     from mesh.deadletters import DeadLetter, DeadLetters
     from mesh.errors import (
+        AccessDeniedError,
         AlreadyRunningError,
         BackpressureError,
         BrokerUnavailableError,
@@ -52,11 +54,13 @@ _HOMES = {
     "mesh.agent": ("Agent", "AgentContext", "every", "on", "source"),
     "mesh.broker": ("MessageBroker",),
     "mesh.brokers.memory": ("InMemoryMessageBroker",),
+    "mesh.brokers.redis": ("RedisMessageBroker",),
     "mesh.brokers.zeromq": ("ZeroMQMessageBroker",),
     "mesh.config": ("MessageBusConfig",),
     "mesh.consumer": ("ConsumerConfig", "EventConsumer"),
     "mesh.deadletters": ("DeadLetter", "DeadLetters"),
     "mesh.errors": (
+        "AccessDeniedError",
         "AlreadyRunningError",
         "BackpressureError",
         "BrokerUnavailableError",
@@ -86,6 +90,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AccessDeniedError",
     "Agent",
     "AgentContext",
     "AlreadyRunningError",
@@ -118,6 +123,7 @@ __all__ = [
     "OffloadTimeoutError",
     "PayloadError",
     "PublisherConfig",
+    "RedisMessageBroker",
     "RequestTimeoutError",
     "Requester",
     "RunDirError",

@@ -137,10 +137,14 @@ class MessageBroker(ABC):
                 while not self.try_send(topic, frame):
                     await self.wait_sendable()
         except TimeoutError:
+            why = self.trouble() or "is a consumer stopped, or the fabric down?"
             raise BackpressureError(
-                f"{self.fabric} took no event on {topic!r} for {timeout_s:g} s;"
-                " is a consumer stopped, or the fabric down?"
+                f"{self.fabric} took no event on {topic!r} for {timeout_s:g} s; {why}"
             ) from None
+
+    def trouble(self) -> str:
+        """Say why nothing can be sent, where the member knows; else empty."""
+        return ""
 
     async def publish(self, channel: str, message: Mapping[str, Any]) -> None:
         """
@@ -253,6 +257,7 @@ class _Channel:
 #: The owner's import paths: members can be imported from here, and load when they are asked for.
 _MEMBERS = {
     "InMemoryMessageBroker": "mesh.brokers.memory",
+    "RedisMessageBroker": "mesh.brokers.redis",
     "ZeroMQMessageBroker": "mesh.brokers.zeromq",
 }
 

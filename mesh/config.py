@@ -6,8 +6,10 @@ Settings of the message bus: read once, checked whole, then handed down.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from mesh.env import environment
 from mesh.errors import ConfigurationError
@@ -23,6 +25,7 @@ TRACING = ("auto", "on", "off")
 _YES = ("1", "true", "yes", "on")
 _NO = ("0", "false", "no", "off")
 MASK = "***"
+_MESH_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,24 @@ class MessageBusConfig:
     broker_type: str = "zmq"
     redis_host: str = "localhost"
     redis_port: int = 6379
+    redis_username: str | None = None
     redis_password: str | None = None
+    #: ``redis://``, ``rediss://`` or ``unix://``; instead of host, port and socket.
+    redis_url: str | None = None
+    #: Path of a Unix socket; instead of host and port.
+    redis_socket: str | None = None
+    redis_db: int = 0
+    redis_tls: bool = False
+    redis_tls_ca: str | None = None
+    redis_tls_cert: str | None = None
+    redis_tls_key: str | None = None
+    redis_cluster: bool = False
+    #: Pairs of host and port; in the environment ``host:port,host:port``.
+    redis_sentinels: tuple[tuple[str, int], ...] = ()
+    redis_sentinel_service: str = "mymaster"
+    redis_sentinel_password: str | None = None
+    #: Meshes of different names can share one Redis.
+    mesh_name: str = "default"
     consumer_buffer_size: int = 1000
     consumer_max_retries: int = 3
     consumer_retry_delay_ms: float = 100.0
@@ -56,6 +76,7 @@ class MessageBusConfig:
             for name, (check, wanted) in _RULES.items()
             if not check(getattr(self, name))
         ]
+        problems += _contradictions(self)
         if problems:
             raise ConfigurationError(problems)
 
@@ -106,7 +127,20 @@ VARIABLES = {
     "broker_type": "LEGION_BROKER_TYPE",
     "redis_host": "REDIS_HOST",
     "redis_port": "REDIS_PORT",
+    "redis_username": "REDIS_USERNAME",
     "redis_password": "REDIS_PASSWORD",
+    "redis_url": "REDIS_URL",
+    "redis_socket": "REDIS_SOCKET",
+    "redis_db": "REDIS_DB",
+    "redis_tls": "REDIS_TLS",
+    "redis_tls_ca": "REDIS_TLS_CA",
+    "redis_tls_cert": "REDIS_TLS_CERT",
+    "redis_tls_key": "REDIS_TLS_KEY",
+    "redis_cluster": "LEGION_REDIS_CLUSTER",
+    "redis_sentinels": "LEGION_REDIS_SENTINELS",
+    "redis_sentinel_service": "LEGION_REDIS_SENTINEL_SERVICE",
+    "redis_sentinel_password": "REDIS_SENTINEL_PASSWORD",
+    "mesh_name": "LEGION_MESH_NAME",
     "consumer_buffer_size": "LEGION_CONSUMER_BUFFER_SIZE",
     "consumer_max_retries": "LEGION_CONSUMER_MAX_RETRIES",
     "consumer_retry_delay_ms": "LEGION_CONSUMER_RETRY_DELAY_MS",
@@ -118,7 +152,7 @@ VARIABLES = {
     "wire_format": "LEGION_WIRE_FORMAT",
     "tracing": "LEGION_TRACING",
 }
-_SECRETS = frozenset({"redis_password"})
+_SECRETS = frozenset({"redis_password", "redis_sentinel_password"})
 _OURS = ("LEGION_",)
 #: Read elsewhere: by the tests, and by issue-specific tools.
 _ELSEWHERE = ("LEGION_TEST_",)
@@ -150,11 +184,34 @@ def _flag(text: str) -> bool:
     raise ValueError("must be true or false")
 
 
+def _hosts(text: str) -> tuple[tuple[str, int], ...]:
+    pairs = []
+    for word in filter(None, (each.strip() for each in text.split(","))):
+        host, colon, port = word.rpartition(":")
+        if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError("must be host:port,host:port")
+        pairs.append((host.strip("[]"), int(port)))
+    return tuple(pairs)
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "broker_type": str.lower,
     "redis_host": str,
     "redis_port": _whole,
+    "redis_username": str,
     "redis_password": str,
+    "redis_url": str,
+    "redis_socket": str,
+    "redis_db": _whole,
+    "redis_tls": _flag,
+    "redis_tls_ca": str,
+    "redis_tls_cert": str,
+    "redis_tls_key": str,
+    "redis_cluster": _flag,
+    "redis_sentinels": _hosts,
+    "redis_sentinel_service": str,
+    "redis_sentinel_password": str,
+    "mesh_name": str,
     "consumer_buffer_size": _whole,
     "consumer_max_retries": _whole,
     "consumer_retry_delay_ms": _number,
@@ -183,10 +240,29 @@ def _between(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
     return check, f"must be {low:g} to {high:g}"
 
 
+def _is_mesh_name(value: Any) -> bool:
+    return isinstance(value, str) and _MESH_NAME.fullmatch(value) is not None
+
+
+def _is_redis_url(value: Any) -> bool:
+    if value is None:
+        return True
+    try:
+        parts = urlsplit(str(value))
+        known = parts.port is None or 0 < parts.port < 65536
+    except ValueError:
+        return False
+    return known and parts.scheme in ("redis", "rediss", "unix")
+
+
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "broker_type": _one_of(BROKER_TYPES),
     "redis_host": (bool, "must not be empty"),
     "redis_port": _between(1, 65535),
+    "redis_url": (_is_redis_url, "must be redis://HOST:PORT/DB, rediss://... or unix:///PATH"),
+    "redis_db": _between(0, 10_000),
+    "redis_sentinel_service": (bool, "must not be empty"),
+    "mesh_name": (_is_mesh_name, "must be 1 to 64 characters of A-Z a-z 0-9 _ . -"),
     "consumer_buffer_size": _between(1, 10_000_000),
     "consumer_max_retries": _between(0, 1000),
     "consumer_retry_delay_ms": _between(0, 3_600_000),
@@ -214,9 +290,44 @@ def _unknown(source: Mapping[str, str]) -> list[str]:
     return problems
 
 
+def _contradictions(config: MessageBusConfig) -> list[str]:
+    """Name settings that cannot hold together: which one would win is nothing to guess."""
+    at_host = config.redis_host != "localhost" or config.redis_port != 6379
+    ways = {
+        "redis_url": config.redis_url is not None,
+        "redis_socket": config.redis_socket is not None,
+        "redis_host/redis_port": at_host,
+        "redis_sentinels": bool(config.redis_sentinels),
+    }
+    given = [way for way, said in ways.items() if said]
+    problems = []
+    if len(given) > 1:
+        problems.append(f"{' and '.join(given)}: each says where Redis is; set one of them")
+    if config.redis_cluster and (config.redis_sentinels or config.redis_socket):
+        problems.append(
+            "redis_cluster=True: a cluster is reached by redis_host and redis_port, or redis_url"
+        )
+    if config.redis_tls and config.redis_socket:
+        problems.append("redis_tls=True: a Unix socket needs no TLS; unset one of them")
+    return problems
+
+
 def _masked(name: str, value: Any) -> Any:
+    if name == "redis_url" and value is not None:
+        return _url_without_secret(str(value))
     return MASK if name in _SECRETS and value is not None else value
 
 
 def _shown(name: str, value: Any) -> Any:
+    if name == "redis_url":
+        return _url_without_secret(str(value))
     return MASK if name in _SECRETS else value
+
+
+def _url_without_secret(url: str) -> str:
+    head, at, place = url.rpartition("@")
+    if not at:
+        return url
+    scheme, mark, credentials = head.rpartition("://")
+    user = credentials.partition(":")[0]
+    return f"{scheme}{mark}{user}:{MASK}@{place}"

@@ -15,6 +15,7 @@ Every error the mesh raises, in one tree.
     ├── NotConnectedError         connect() was not called
     ├── ClosedError               used after close()
     └── BrokerUnavailableError    the fabric does not answer
+        ├── AccessDeniedError     the fabric refuses us: password, user, rights, certificate
         ├── BackpressureError     the fabric does not take more within the limit
         └── RequestTimeoutError   nobody replied in time
 """
@@ -110,6 +111,10 @@ class ClosedError(MeshError):
 
 class BrokerUnavailableError(MeshError):
     """The fabric does not answer."""
+
+
+class AccessDeniedError(BrokerUnavailableError):
+    """The fabric refuses us: a password, a user, its rights or a certificate; no retry helps."""
 
 
 class BackpressureError(BrokerUnavailableError):

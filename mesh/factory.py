@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import math
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mesh.config import BROKER_TYPES, MessageBusConfig
+from mesh.env import agent_name, is_supervised
 from mesh.errors import ConfigurationError
 from mesh.handlers import EventHandlerRegistry
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 #: Members load when they are chosen: a ZeroMQ agent never imports redis.
 _MEMBERS = {
     "memory": ("mesh.brokers.memory", "InMemoryMessageBroker"),
+    "redis": ("mesh.brokers.redis", "RedisMessageBroker"),
     "zmq": ("mesh.brokers.zeromq", "ZeroMQMessageBroker"),
 }
 
@@ -32,20 +36,43 @@ def make_broker(config: MessageBusConfig, directory: str | Path | None = None) -
         directory: The mesh's run directory, for fabrics that live in one.
 
     Raises:
-        ConfigurationError: This version has no such fabric.
+        ConfigurationError: A file that the settings name cannot be used.
     """
-    if config.broker_type not in _MEMBERS:
-        raise ConfigurationError(
-            f"broker_type={config.broker_type}: this version has {', '.join(_MEMBERS)};"
-            " set LEGION_BROKER_TYPE to one of them"
-        )
     module, name = _MEMBERS[config.broker_type]
     member: Any = getattr(importlib.import_module(module), name)
     if config.broker_type == "zmq":
         made: MessageBroker = member(directory)
+    elif config.broker_type == "redis":
+        made = member(**_redis_options(config))
     else:
         made = member()
     return made
+
+
+def _redis_options(config: MessageBusConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "host": config.redis_host,
+        "port": config.redis_port,
+        "url": config.redis_url,
+        "username": config.redis_username,
+        "password": config.redis_password,
+        "db": config.redis_db,
+        "unix_socket_path": config.redis_socket,
+        "tls": config.redis_tls,
+        "tls_ca": config.redis_tls_ca,
+        "tls_cert": config.redis_tls_cert,
+        "tls_key": config.redis_tls_key,
+        "cluster": config.redis_cluster,
+        "sentinels": config.redis_sentinels,
+        "sentinel_service": config.redis_sentinel_service,
+        "sentinel_password": config.redis_sentinel_password,
+        "mesh": config.mesh_name,
+        "client_name": f"legion:{config.mesh_name}:{agent_name() or os.getpid()}",
+    }
+    if is_supervised():
+        # A server that is not there yet is no reason to end and be started anew, over and over
+        options["connect_timeout_s"] = math.inf
+    return options
 
 
 @dataclass(frozen=True, slots=True)

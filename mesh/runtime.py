@@ -28,6 +28,7 @@ from mesh.errors import (
     EXIT_BUG,
     EXIT_CONFIGURATION,
     EXIT_LOCKED,
+    AccessDeniedError,
     AlreadyRunningError,
     ConfigurationError,
     MeshError,
@@ -42,7 +43,7 @@ from mesh.telemetry import tracing_middleware
 from mesh.values import Value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from mesh.rundir import Lock
 
@@ -149,9 +150,12 @@ def run_launch(launch: Launch) -> int:
     close_log = set_up_logging(launch.name, launch.rundir.log(launch.name), launch.config.log_level)
     try:
         return asyncio.run(_AgentProcess(launch, lock).main())
-    except* ConfigurationError as group:
+    except* (ConfigurationError, AccessDeniedError) as group:
         first = _first_leaf(group)
         _log.error("%s: configuration: %s", launch.name, first)
+        if isinstance(first, AccessDeniedError):
+            # A password or certificate does not become right by trying again
+            raise ConfigurationError(str(first)) from None
         raise first from None
     finally:
         close_log()
@@ -197,7 +201,8 @@ class _AgentProcess:
         broker = make_broker(launch.config, launch.rundir.path)
         agent = self._agent = self._make(beats, broker)
         try:
-            await broker.connect()
+            if not await self._unless_stopped(broker.connect()):
+                return 0
             await agent.open()
             self._write_card("ready")
             beats.send(self._beat_now(beats))
@@ -211,6 +216,19 @@ class _AgentProcess:
             await broker.close()
             self._write_card("stopped")
             _log.info("%s ends", launch.name)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do it, unless a signal comes first; a fabric that is away may be waited for long."""
+        doing = asyncio.create_task(work, name="connect")
+        stopping = asyncio.create_task(self._stop.wait(), name="stop")
+        await asyncio.wait({doing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        finished = doing.done()
+        doing.cancel()
+        outcome, _ = await asyncio.gather(doing, stopping, return_exceptions=True)
+        if finished and outcome is not None:
+            raise outcome
+        return finished
 
     async def _work(self, agent: Agent) -> int:
         """Run sources and timers until a signal comes."""

@@ -77,7 +77,14 @@ def rundir(own_mesh_dir: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing_open(own_mesh_dir: Path) -> Iterator[None]:
+def redis_before(request: pytest.FixtureRequest) -> None:
+    """Start the worker's server before a test's children are counted, also for a parameter."""
+    if request.node.get_closest_marker("redis"):
+        request.getfixturevalue("redis_home")
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_open(own_mesh_dir: Path, redis_before: None) -> Iterator[None]:
     """Fail a test that leaves open files, sockets or child processes."""
     files, offspring = leaks.open_files(), {child.pid for child in processes.children()}
     yield

@@ -17,11 +17,11 @@ import click
 from mesh.cli import say
 from mesh.cli.agents import topics_of
 from mesh.cli.exits import EXIT_WRONG
-from mesh.cli.place import CONF, Place, directory_option, json_option
+from mesh.cli.place import CONF, Place, directory_option, json_option, settings_of
 from mesh.config import MessageBusConfig
 from mesh.errors import ConfigurationError, MeshError
 from mesh.rundir import MAX_SOCKET_PATH
-from mesh.supervision.boot import INFRASTRUCTURE, programs_of, script_of
+from mesh.supervision.boot import INFRASTRUCTURE, REQUIRED, programs_of, script_of
 from mesh.supervision.supervisord import SupervisorClient
 
 if TYPE_CHECKING:
@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from mesh.rundir import RunDir
 
 _PYTHON = (3, 11)
-_PACKAGES = ("msgspec", "pyzmq", "redis", "supervisor", "aiomultiprocess", "click", "rich")
+_PACKAGES = (
+    "msgspec",
+    "pyzmq",
+    "redis",
+    "hiredis",
+    "supervisor",
+    "aiomultiprocess",
+    "click",
+    "rich",
+)
 _OPTIONAL = ("opentelemetry-api", "pydantic", "pytest")
 _LIBZMQ = (4, 3, 5)
 _FILES = 1024
@@ -140,7 +149,7 @@ def _project(place: Place) -> Iterator[Row]:
         yield Row("project", "warn", str(error), "go to a folder with agents/ and supervisord.conf")
         return
     yield Row("project", "ok", f"{place.project / CONF}: {len(names)} programs")
-    for name in INFRASTRUCTURE:
+    for name in REQUIRED:
         if name not in names:
             yield Row("project", "fail", f"no [program:{name}]", "copy it from the documentation")
     for name in names:
@@ -216,12 +225,15 @@ async def _answers(rundir: RunDir) -> list[Row]:
 async def _fabric(rundir: RunDir) -> Row:
     from mesh.factory import make_broker
 
+    remedy = "mesh logs forwarder; mesh restart forwarder"
     try:
-        config = MessageBusConfig.from_env()
+        config = settings_of(rundir)
+        if config.broker_type == "redis":
+            remedy = "start Redis, or correct REDIS_* and LEGION_REDIS_*"
         async with make_broker(config, rundir.path):
-            return Row("fabric", "ok", f"{config.broker_type}: an echo came back")
+            return Row("fabric", "ok", f"{config.broker_type}: answers")
     except MeshError as error:
-        return Row("fabric", "fail", str(error), "mesh logs forwarder; mesh restart forwarder")
+        return Row("fabric", "fail", str(error), remedy)
 
 
 def _socket(rundir: RunDir, name: str) -> Row:

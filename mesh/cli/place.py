@@ -14,6 +14,8 @@ from mesh.config import MessageBusConfig
 from mesh.env import environment
 from mesh.errors import ConfigurationError
 from mesh.rundir import RunDir
+from mesh.supervision.boot import has_own_redis
+from mesh.supervision.redis_server import settings_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,9 +90,13 @@ def agents_option(command: _Command) -> _Command:
     )(command)
 
 
-def checked_settings(rundir: RunDir) -> MessageBusConfig:
+def checked_settings(rundir: RunDir, *, with_redis: bool = False) -> MessageBusConfig:
     """
     Read the settings and check the run directory, before anything starts.
+
+    Args:
+        rundir: The mesh's directory.
+        with_redis: The mesh will have a redis-server of its own.
 
     Raises:
         ConfigurationError: Names everything that is wrong with either.
@@ -98,7 +104,8 @@ def checked_settings(rundir: RunDir) -> MessageBusConfig:
     problems: list[str] = []
     config = MessageBusConfig()
     try:
-        config = MessageBusConfig.from_env()
+        given = settings_for(rundir, environment()) if with_redis else environment()
+        config = MessageBusConfig.from_env(given)
     except ConfigurationError as error:
         problems += error.problems
     if config.broker_type == "memory":
@@ -114,6 +121,20 @@ def checked_settings(rundir: RunDir) -> MessageBusConfig:
     return config
 
 
+def settings_of(rundir: RunDir) -> MessageBusConfig:
+    """
+    Read the settings with which to join the mesh of a directory.
+
+    One that was started with a redis-server of its own is joined there, whatever else is set.
+
+    Raises:
+        ConfigurationError: They cannot be used.
+    """
+    if has_own_redis(rundir):
+        return MessageBusConfig.from_env(settings_for(rundir, environment()))
+    return MessageBusConfig.from_env()
+
+
 def joining_settings(place: Place) -> MessageBusConfig:
     """
     Read the settings of a command that joins a running mesh.
@@ -122,7 +143,7 @@ def joining_settings(place: Place) -> MessageBusConfig:
         ConfigurationError: They cannot be used.
         NoMeshError: There is no mesh to join.
     """
-    config = MessageBusConfig.from_env()
+    config = settings_of(place.rundir)
     if config.broker_type == "memory":
         raise ConfigurationError(
             "LEGION_BROKER_TYPE=memory: a fabric of memory cannot be joined from outside; use zmq"

@@ -30,11 +30,15 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("-d", "--detach", is_flag=True, help="Return when all agents are READY.")
+@click.option(
+    "--with-redis", is_flag=True, help="Keep a redis-server for this mesh, as its fabric."
+)
 @agents_option
 @param_option
 @directory_option
 def up(
     detach: bool,
+    with_redis: bool,
     agents: Sequence[str] | None,
     params: Mapping[str, str],
     directory: str | None,
@@ -50,10 +54,14 @@ def up(
     Example:
       mesh up -d --param csv=bars.csv --param speed=max
       MESH_DIR=/tmp/second mesh up --agents market_data,features
+      LEGION_BROKER_TYPE=redis REDIS_HOST=redis.example mesh up
+      mesh up --with-redis
     """  # noqa: D301 - click's mark for lines it must not wrap
     place = Place.find(directory)
-    checked_settings(place.rundir)
-    code = asyncio.run(_up(place, agents, params, detach=detach))
+    config = checked_settings(place.rundir, with_redis=with_redis)
+    code = asyncio.run(
+        _up(place, agents, params, config.broker_type, detach=detach, with_redis=with_redis)
+    )
     sys.exit(code)
 
 
@@ -77,12 +85,25 @@ def down(directory: str | None) -> None:
 
 
 async def _up(
-    place: Place, agents: Sequence[str] | None, params: Mapping[str, str], *, detach: bool
+    place: Place,
+    agents: Sequence[str] | None,
+    params: Mapping[str, str],
+    broker_type: str,
+    *,
+    detach: bool,
+    with_redis: bool,
 ) -> int:
     rundir = place.rundir
     with stop_signals() as stop:
         began_s = time.monotonic()
-        pid = await boot.up(place.project, rundir, params=params, agents=agents)
+        pid = await boot.up(
+            place.project,
+            rundir,
+            params=params,
+            agents=agents,
+            broker_type=broker_type,
+            with_redis=with_redis,
+        )
         try:
             failed: list[str] = []
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from mesh.errors import AlreadyRunningError, ConfigurationError, MeshError
 from mesh.ledger import account, read_ledgers
+from mesh.supervision.redis_server import PROGRAM as REDIS_PROGRAM
+from mesh.supervision.redis_server import settings_for
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
 
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 
     from mesh.rundir import RunDir
 
-INFRASTRUCTURE = ("forwarder", "monitor")
+#: The programs that every supervisord.conf has, and those that are no agents.
+REQUIRED = ("forwarder", "monitor")
+INFRASTRUCTURE = (*REQUIRED, REDIS_PROGRAM)
 _PROGRAM = "program:"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _LOOK_S = 0.1
@@ -66,7 +70,14 @@ def script_of(project: Path, name: str) -> str | None:
     return None
 
 
-def render(project: Path, rundir: RunDir, agents: Collection[str] | None = None) -> Path:
+def render(
+    project: Path,
+    rundir: RunDir,
+    agents: Collection[str] | None = None,
+    *,
+    with_forwarder: bool = True,
+    with_redis: bool = False,
+) -> Path:
     """
     Write the project's supervisord.conf for a run directory.
 
@@ -74,6 +85,8 @@ def render(project: Path, rundir: RunDir, agents: Collection[str] | None = None)
         project: Where supervisord.conf is.
         rundir: The mesh's directory.
         agents: Only these agents; default all.
+        with_forwarder: Keep the forwarder, which only the ZeroMQ fabric needs.
+        with_redis: Add a redis-server of the mesh's own.
 
     Returns:
         The file that was written.
@@ -94,6 +107,10 @@ def render(project: Path, rundir: RunDir, agents: Collection[str] | None = None)
     for name in names:
         if agents is not None and name not in agents and name not in INFRASTRUCTURE:
             parser.remove_section(_PROGRAM + name)
+    if not with_forwarder:
+        parser.remove_section(f"{_PROGRAM}forwarder")
+    if with_redis:
+        _add_redis(parser)
     for section in parser.sections():
         for key, value in parser.items(section):
             parser.set(section, key, _translate(value, project, rundir))
@@ -111,6 +128,8 @@ async def up(
     *,
     params: Mapping[str, str] | None = None,
     agents: Collection[str] | None = None,
+    broker_type: str = "zmq",
+    with_redis: bool = False,
 ) -> int:
     """
     Start a mesh; returns supervisord's pid once it answers.
@@ -120,6 +139,8 @@ async def up(
         rundir: The mesh's directory.
         params: Parameters for the agents.
         agents: Only these agents.
+        broker_type: The fabric; only ZeroMQ needs the forwarder.
+        with_redis: Keep a redis-server for this mesh too, and use it as the fabric.
 
     Raises:
         AlreadyRunningError: A mesh runs in this directory; it is left alone.
@@ -132,9 +153,11 @@ async def up(
         if await client.is_up():
             raise AlreadyRunningError(f"the mesh in {rundir.path}", await client.pid())
         await _dismiss_adhoc_forwarder(rundir)
-        conf = render(project, rundir, agents)
+        with_forwarder = broker_type == "zmq" and not with_redis
+        conf = render(project, rundir, agents, with_forwarder=with_forwarder, with_redis=with_redis)
         _clear(rundir)
-        environment = {**os.environ, "MESH_DIR": str(rundir.path)}
+        given = settings_for(rundir, os.environ) if with_redis else os.environ
+        environment = {**given, "MESH_DIR": str(rundir.path)}
         environment |= {
             f"MESH_PARAM_{name.upper()}": value for name, value in (params or {}).items()
         }
@@ -226,7 +249,12 @@ async def reload(project: Path, rundir: RunDir) -> tuple[list[str], list[str], l
     client = SupervisorClient(rundir.socket("supervisor"))
     rendered = rundir.path / "conf" / "supervisord.conf"
     if rendered.exists():
-        render(project, rundir)
+        render(
+            project,
+            rundir,
+            with_forwarder=_has_program(rundir, "forwarder"),
+            with_redis=has_own_redis(rundir),
+        )
     added, changed, removed = await client.reload()
     for name in (*changed, *removed):
         await client.stop(name)
@@ -234,6 +262,11 @@ async def reload(project: Path, rundir: RunDir) -> tuple[list[str], list[str], l
     for name in (*added, *changed):
         await client.add(name)
     return added, changed, removed
+
+
+def has_own_redis(rundir: RunDir) -> bool:
+    """Say whether the mesh of a directory was started with a redis-server of its own."""
+    return _has_program(rundir, REDIS_PROGRAM)
 
 
 async def restart(rundir: RunDir, names: Collection[str]) -> None:
@@ -340,6 +373,21 @@ def _clear(rundir: RunDir) -> None:
         path.unlink(missing_ok=True)
     for path in (rundir.path / "log").glob("*.out*"):
         path.unlink(missing_ok=True)
+
+
+def _has_program(rundir: RunDir, name: str) -> bool:
+    conf = rundir.path / "conf"
+    return (conf / "supervisord.conf").exists() and _read(conf).has_section(_PROGRAM + name)
+
+
+def _add_redis(parser: configparser.RawConfigParser) -> None:
+    """Add the program beside the monitor and like it, but before the agents."""
+    section = _PROGRAM + REDIS_PROGRAM
+    parser.add_section(section)
+    for key, value in parser.items(f"{_PROGRAM}monitor"):
+        parser.set(section, key, value.replace("monitor", REDIS_PROGRAM))
+    parser.set(section, "command", "%(here)s/.venv/bin/python -m mesh.supervision.redis_server")
+    parser.set(section, "priority", "5")
 
 
 def _read(project: Path) -> configparser.RawConfigParser:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mesh.brokers.memory import InMemoryMessageBroker
+from mesh.brokers.redis import RedisMessageBroker
 from mesh.brokers.zeromq import ZeroMQMessageBroker
 from mesh.errors import ClosedError, NotConnectedError, TopicError
 from mesh.rundir import RunDir
@@ -34,7 +35,7 @@ class Ear:
         return len(self.frames) < self.room
 
 
-@pytest.fixture(params=["memory", "zmq"])
+@pytest.fixture(params=["memory", "zmq", pytest.param("redis", marks=pytest.mark.redis)])
 async def pair(
     request: pytest.FixtureRequest, own_mesh_dir: Path
 ) -> AsyncIterator[tuple[MessageBroker, MessageBroker]]:
@@ -44,6 +45,11 @@ async def pair(
         await one.connect()
         yield one, one
         await one.close()
+        return
+    if request.param == "redis":
+        url = request.getfixturevalue("redis_url")
+        async with RedisMessageBroker(url=url) as out, RedisMessageBroker(url=url) as into:
+            yield out, into
         return
     brokers = ZeroMQMessageBroker(own_mesh_dir), ZeroMQMessageBroker(own_mesh_dir)
     for broker in brokers:
@@ -178,8 +184,17 @@ async def test_a_closed_broker_says_so(pair: Pair) -> None:
         await out.publish("t", {})
 
 
-async def test_zmq_before_connect_says_what_to_call(own_mesh_dir: Path) -> None:
-    broker = ZeroMQMessageBroker(own_mesh_dir)
+@pytest.mark.parametrize("kind", [ZeroMQMessageBroker, RedisMessageBroker])
+async def test_before_connect_it_says_what_to_call(kind: type[MessageBroker]) -> None:
+    broker = kind()
+    told = r"not connected; call `await broker.connect\(\)`"
 
-    with pytest.raises(NotConnectedError, match=r"not connected; call `await broker.connect\(\)`"):
+    with pytest.raises(NotConnectedError, match=told):
         await broker.publish("t", {"x": 1})
+    with pytest.raises(NotConnectedError, match=told):
+        await broker.subscribe("t", _ignore)
+    await broker.close()
+
+
+async def _ignore(message: dict[str, Any]) -> None:
+    """Take a message for nothing."""

@@ -43,6 +43,7 @@ NO_AGENTS = {"agents", "feed", "payloads", "settings"}
 DOORS = {
     "aiomultiprocess": {"workers"},
     "click": {"cli.*"},
+    "hiredis": {"brokers.resp"},
     # The language of values here; still, who needs bytes from values asks the codec
     "msgspec": {
         "beats", "card", "codec", "deadletters", "events", "handlers", "publisher",
@@ -51,7 +52,7 @@ DOORS = {
     "opentelemetry": {"telemetry"},
     "pytest": {"testing.*"},
     "pytest_asyncio": {"testing.*"},
-    "redis": {"brokers.redis", "journals.redis"},
+    "redis": {"brokers.redis_nodes", "journals.redis"},
     "rich": {"cli.*"},
     "zmq": {"brokers.zeromq", "brokers.forwarder"},
 }  # fmt: skip

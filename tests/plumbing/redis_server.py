@@ -11,9 +11,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from tests.plumbing.processes import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def find_redis() -> str | None:
@@ -29,12 +32,22 @@ class RedisServer:
 
     Args:
         append_only: Keep every write on disk (`fsync` each): data survive `kill` and `start`.
+        settings: Others, such as ``requirepass``.
+        sentinel: Watch other servers instead of keeping data.
     """
 
-    def __init__(self, *, append_only: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        append_only: bool = False,
+        settings: Mapping[str, str] | None = None,
+        sentinel: bool = False,
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lgr-"))
         self.socket = self.folder / "redis.sock"
         self._append_only = append_only
+        self._settings = settings or {}
+        self._sentinel = sentinel
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -54,14 +67,22 @@ class RedisServer:
             "unixsocket": str(self.socket),
             "unixsocketperm": "700",
             "dir": str(self.folder),
-            "save": "",
-            "appendonly": "yes" if self._append_only else "no",
-            "appendfsync": "always",
             "logfile": str(self.folder / "redis.log"),
         }
-        words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        if not self._sentinel:
+            settings |= {
+                "save": "",
+                "appendonly": "yes" if self._append_only else "no",
+                "appendfsync": "always",
+            }
+        settings |= self._settings
+        conf = self.folder / "redis.conf"
+        if not conf.exists():
+            # Kept over `kill` and `start`: sentinels and replicas write what they learn into it
+            lines = (f"{name} {value or chr(34) * 2}" for name, value in settings.items())
+            conf.write_text("\n".join(lines) + "\n")
         self._process = subprocess.Popen(
-            [program, *words],
+            [program, str(conf), *(["--sentinel"] if self._sentinel else [])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -91,7 +112,7 @@ class RedisServer:
             connection.settimeout(5.0)
             connection.connect(str(self.socket))
             connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"+PONG")
+            return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
         return False
 
 

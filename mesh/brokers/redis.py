@@ -1,0 +1,329 @@
+"""
+Live delivery over Redis pub/sub, for meshes on more than one machine.
+
+A topic is the channel ``legion:MESH:live:TOPIC``, a message is one frame (docs/wire.md). Two
+connections a process and server: one publishes, one hears, so that a consumer that reads nothing
+for a while does not hold up its own publishing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import re
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mesh.broker import MessageBroker
+from mesh.brokers.redis_access import PORT, Access, Address, parse_url, tls_context
+from mesh.brokers.redis_kept import SILENT_S, Sparing
+from mesh.brokers.redis_node import Terms
+from mesh.brokers.redis_nodes import ClusterNodes, OneServer, always, by_sentinel
+from mesh.errors import BrokerUnavailableError, ConfigurationError
+from mesh.topics import check_topic
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from pathlib import Path
+
+    from mesh.broker import Receiver
+    from mesh.brokers.redis_node import Node
+    from mesh.brokers.redis_nodes import Nodes
+
+_MESH = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+_SYNCHRONIZE_S = 15.0
+
+
+class RedisMessageBroker(MessageBroker):
+    """
+    A fabric of Redis channels.
+
+    While Redis is away nothing is accepted (`try_send` gives False), and what was on its way shows
+    as a gap at those who hear; connections come back by themselves, with all subscriptions.
+
+    Args:
+        host: The server, or a node of the cluster.
+        port: Its port.
+        url: ``redis://``, ``rediss://`` or ``unix://``, instead of host, port and the next three.
+        username: An ACL user.
+        password: The user's, or that of ``requirepass``; wins over the URL's.
+        db: Selected, though channels are the same in all databases.
+        unix_socket_path: A socket instead of host and port.
+        tls: Speak TLS and check the server's certificate.
+        tls_ca: A file with the authority to trust; default: the system's.
+        tls_cert: Our own certificate, where the server asks for one.
+        tls_key: Its key, where it is in a file of its own.
+        cluster: The server belongs to a Redis Cluster: use sharded channels.
+        sentinels: Ask these for the master, instead of host and port.
+        sentinel_service: The name under which they watch it.
+        sentinel_password: That of the sentinels themselves.
+        mesh: The mesh's name; several can share a server.
+        client_name: How the connections show in CLIENT LIST.
+        connect_timeout_s: How long `connect` and `attach` wait; ``math.inf``: for ever.
+        silent_s: After so long without a sign of life a connection counts as lost.
+
+    Raises:
+        ConfigurationError: The arguments contradict each other, or a file cannot be used.
+    """
+
+    fabric: ClassVar[str] = "redis"
+
+    def __init__(
+        self,
+        host: str = "localhost",
+        port: int = PORT,
+        *,
+        url: str | None = None,
+        username: str | None = None,
+        password: str | None = None,
+        db: int = 0,
+        unix_socket_path: str | Path | None = None,
+        tls: bool = False,
+        tls_ca: str | Path | None = None,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
+        cluster: bool = False,
+        sentinels: Sequence[tuple[str, int]] = (),
+        sentinel_service: str = "mymaster",
+        sentinel_password: str | None = None,
+        mesh: str = "default",
+        client_name: str = "legion",
+        connect_timeout_s: float = 5.0,
+        silent_s: float = SILENT_S,
+    ) -> None:
+        """Begin unconnected."""
+        super().__init__()
+        address = Address(host, port, str(unix_socket_path) if unix_socket_path else None)
+        if url is not None:
+            said = parse_url(url)
+            address, tls = said.address, tls or said.tls
+            username, password = username or said.username, password or said.password
+            db = db or said.db
+        _check(address, mesh, cluster=cluster, sentinels=sentinels, tls=tls)
+        files = {"ssl_ca_certs": tls_ca, "ssl_certfile": tls_cert, "ssl_keyfile": tls_key}
+        self._address = address
+        self._access = Access(
+            username=username,
+            password=password,
+            db=0 if cluster else db,
+            tls=tls_context(tls_ca, tls_cert, tls_key) if tls else None,
+            client_name=client_name,
+        )
+        self._cluster = cluster
+        self._find = always(address)
+        if sentinels:
+            options = {"ssl": True, **files} if tls else {}
+            self._find = by_sentinel(
+                sentinels, sentinel_service, {"password": sentinel_password, **options}
+            )
+        self._must_lead = bool(sentinels)
+        self._prefix = f"legion:{mesh}:live:"
+        self._connect_timeout_s = connect_timeout_s
+        self._silent_s = silent_s
+        self._nodes: Nodes | None = None
+        self._heard: dict[bytes, tuple[str, tuple[Receiver, ...]]] = {}
+        self._routes: dict[str, tuple[Node, bytes]] = {}
+        self._changed: asyncio.Future[None] | None = None
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """
+        Connect and log in; try out the rights that are needed.
+
+        Raises:
+            AccessDeniedError: The server refuses us; says why.
+            BrokerUnavailableError: It did not answer within `connect_timeout_s`; says what it met.
+        """
+        self._require_open(connected=True)
+        if self._nodes is not None:
+            return
+        self._nodes = self._make_nodes()
+        self._nodes.start()
+        try:
+            await self._within(self._nodes.wait_up(), self._connect_timeout_s)
+        except BaseException:
+            nodes, self._nodes = self._nodes, None
+            await nodes.close()
+            raise
+
+    async def _close(self) -> None:
+        await self._close_channels()
+        self._routes.clear()
+        self._heard.clear()
+        if self._nodes is not None:
+            await self._nodes.close()
+            self._nodes = None
+        self._wake()
+
+    def _make_nodes(self) -> Nodes:
+        terms = Terms(
+            self._access,
+            f"{self._prefix}_probe".encode(),
+            self._deliver,
+            self._wake,
+            Sparing(),
+            sharded=self._cluster,
+            must_lead=self._must_lead,
+            silent_s=self._silent_s,
+        )
+        if self._cluster:
+            return ClusterNodes([self._address], terms, self._resend, self._routes.clear)
+        return OneServer(self._find, terms)
+
+    def _joined(self) -> Nodes:
+        self._require_open(connected=self._nodes is not None)
+        assert self._nodes is not None
+        return self._nodes
+
+    async def _within(self, work: Any, limit_s: float) -> None:
+        try:
+            async with asyncio.timeout(None if limit_s == math.inf else limit_s):
+                await work
+        except TimeoutError:
+            words = self.trouble() or f"redis at {self._address} does not answer"
+            raise BrokerUnavailableError(f"{words} (waited {limit_s:g} s)") from None
+
+    # -- hearing -------------------------------------------------------------------------------
+
+    async def attach(self, topics: Collection[str], receiver: Receiver) -> None:
+        """Subscribe; returns when Redis has confirmed it, which holds for all publishers."""
+        nodes = self._joined()
+        names = {self._channel(name): str(name) for name in map(check_topic, topics)}
+        for channel, name in names.items():
+            _, known = self._heard.get(channel, (name, ()))
+            if receiver not in known:
+                self._heard[channel] = (name, (*known, receiver))
+        try:
+            await self._within(nodes.hear(names), self._connect_timeout_s)
+        except BaseException:
+            await self._forget(receiver, names)
+            raise
+
+    async def detach(self, receiver: Receiver) -> None:
+        """Unsubscribe from topics that nobody else in this process wants."""
+        await self._forget(receiver, list(self._heard))
+        self.resume(receiver)
+
+    async def _forget(self, receiver: Receiver, channels: Collection[bytes]) -> None:
+        deserted = []
+        for channel in channels:
+            name, known = self._heard.get(channel, ("", ()))
+            left = tuple(each for each in known if each is not receiver)
+            if left:
+                self._heard[channel] = (name, left)
+            elif known:
+                del self._heard[channel]
+                deserted.append(channel)
+        if self._nodes is not None and deserted:
+            self._nodes.unhear(deserted)
+
+    def resume(self, receiver: Receiver) -> None:
+        """Read on."""
+        if self._nodes is not None:
+            for node in self._nodes.all():
+                node.resume()
+
+    async def synchronize(self) -> None:
+        """Return when our publishing connections answer: a confirmed subscription holds for all."""
+        nodes = self._joined()
+
+        async def ask() -> None:
+            await nodes.wait_up()
+            for node in nodes.all():
+                while True:
+                    connection = await node.publisher.wait_up()
+                    with contextlib.suppress(ConnectionError):
+                        await connection.call("PING")
+                        break
+
+        await self._within(ask(), max(_SYNCHRONIZE_S, self._connect_timeout_s))
+
+    def _channel(self, topic: str) -> bytes:
+        return f"{self._prefix}{topic}".encode()
+
+    def _deliver(self, channel: bytes, payload: bytes) -> bool:
+        """Hand one message out; False when a receiver has had enough."""
+        heard = self._heard.get(channel)
+        if heard is None:
+            return True
+        name, receivers = heard
+        room = True
+        for receiver in receivers:
+            receiver.receive(name, payload)
+            room = receiver.has_room() and room
+        return room
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def try_send(self, topic: str, frame: bytes) -> bool:
+        """
+        Send a frame, unless Redis is away, refuses events, or does not take them fast enough.
+
+        Nothing is kept for a server that is away: who is told False knows that it did not leave.
+        """
+        route = self._routes.get(topic) or self._open_route(topic)
+        if route is None or (self._cluster and self._is_moving()):
+            return False
+        return self._send(route, topic, frame)
+
+    def _send(self, route: tuple[Node, bytes], topic: str, frame: bytes) -> bool:
+        node, head = route
+        connection = node.publisher.connection
+        if connection is None or connection.is_full or node.is_refusing:
+            return False
+        # In a cluster a frame may come back, because its slot has moved
+        token = (topic, frame) if self._cluster else None
+        connection.send(b"%b%d\r\n%b\r\n" % (head, len(frame), frame), token)
+        return True
+
+    def _open_route(self, topic: str) -> tuple[Node, bytes] | None:
+        nodes = self._joined()
+        channel = self._channel(check_topic(topic))
+        node = nodes.owner(channel)
+        if node is None:
+            return None
+        verb = b"SPUBLISH" if self._cluster else b"PUBLISH"
+        head = b"*3\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$" % (len(verb), verb, len(channel), channel)
+        route = self._routes[topic] = (node, head)
+        return route
+
+    def _resend(self, token: tuple[str, bytes]) -> bool:
+        route = self._routes.get(token[0]) or self._open_route(token[0])
+        return route is not None and self._send(route, *token)
+
+    def _is_moving(self) -> bool:
+        return isinstance(self._nodes, ClusterNodes) and self._nodes.is_moving
+
+    async def wait_sendable(self) -> None:
+        """Return when something has changed: a connection came back, or took what it held."""
+        self._joined()
+        if self._changed is None:
+            self._changed = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._changed)
+
+    def _wake(self) -> None:
+        if self._changed is not None:
+            self._changed.set_result(None)
+            self._changed = None
+
+    def trouble(self) -> str:
+        """Say why nothing can be sent, as far as it is known."""
+        nodes = self._nodes.all() if self._nodes is not None else ()
+        return "; ".join(sorted({str(node.trouble) for node in nodes if node.trouble is not None}))
+
+
+def _check(
+    address: Address, mesh: str, *, cluster: bool, sentinels: Sequence[tuple[str, int]], tls: bool
+) -> None:
+    problems = []
+    if not _MESH.fullmatch(mesh):
+        problems.append(f"mesh={mesh!r}: must be 1 to 64 characters of A-Z a-z 0-9 _ . -")
+    if cluster and sentinels:
+        problems.append("cluster and sentinels: a cluster elects its masters itself; choose one")
+    if address.path is not None and (cluster or sentinels):
+        problems.append(f"{address}: a Unix socket leads to one server; no cluster, no sentinels")
+    if address.path is not None and tls:
+        problems.append(f"{address}: a Unix socket needs no TLS")
+    if problems:
+        raise ConfigurationError(problems)

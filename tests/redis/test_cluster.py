@@ -1,0 +1,243 @@
+"""The Redis fabric on a Cluster of three nodes, and under Sentinel."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mesh import (
+    AccessDeniedError,
+    BrokerUnavailableError,
+    EventPublisher,
+    PublisherConfig,
+    RedisMessageBroker,
+)
+from tests.plumbing.processes import eventually
+from tests.plumbing.redis_server import RedisServer
+from tests.redis.tools import Ear, command, free_ports, listener
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.redis, pytest.mark.fault]
+
+TOPICS = [f"topic.{number}" for number in range(40)]
+
+
+class Cluster:
+    """Three masters on loopback, the slots shared out among them."""
+
+    def __init__(self) -> None:
+        self.ports = free_ports(3)
+        self.servers = [
+            RedisServer(
+                settings={
+                    "port": str(port),
+                    "bind": "127.0.0.1",
+                    "cluster-enabled": "yes",
+                    "cluster-node-timeout": "1000",
+                    "cluster-require-full-coverage": "no",
+                }
+            )
+            for port in self.ports
+        ]
+
+    def start(self) -> None:
+        for server in self.servers:
+            server.start()
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.close()
+
+    async def join(self) -> None:
+        bounds = [0, 5461, 10923, 16384]
+        for number, server in enumerate(self.servers):
+            first, last = bounds[number], bounds[number + 1] - 1
+            await command(server.url, "CLUSTER", "ADDSLOTSRANGE", first, last)
+            await command(server.url, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+        for port in self.ports[1:]:
+            await command(self.servers[0].url, "CLUSTER", "MEET", "127.0.0.1", port)
+        for server in self.servers:
+            await eventually(lambda server=server: self._agrees(server))  # type: ignore[misc]
+
+    async def _agrees(self, server: RedisServer) -> bool:
+        info = await command(server.url, "CLUSTER", "INFO")
+        slots = await command(server.url, "CLUSTER", "SLOTS")
+        state = info if isinstance(info, str) else str(info)
+        return "ok" in state and len(slots) == 3
+
+    async def identity(self, number: int) -> str:
+        said = await command(self.servers[number].url, "CLUSTER", "MYID")
+        return said.decode() if isinstance(said, bytes) else str(said)
+
+    async def move(self, slot: int, target: int) -> None:
+        """Give a slot without keys to another node."""
+        identity = await self.identity(target)
+        for number in (target, *(each for each in range(3) if each != target)):
+            await command(self.servers[number].url, "CLUSTER", "SETSLOT", slot, "NODE", identity)
+
+
+@pytest.fixture
+def servers() -> Iterator[Cluster]:
+    made = Cluster()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+async def cluster(servers: Cluster) -> Cluster:
+    await servers.join()
+    return servers
+
+
+def client(cluster: Cluster, **options: Any) -> RedisMessageBroker:
+    return RedisMessageBroker("127.0.0.1", cluster.ports[0], cluster=True, **options)
+
+
+async def test_topics_spread_over_the_nodes(cluster: Cluster) -> None:
+    async with client(cluster) as out, client(cluster) as into:
+        ear = Ear()
+        await into.attach(TOPICS, ear)
+        await out.synchronize()
+        for topic in TOPICS:
+            await out.send(topic, topic.encode())
+        await eventually(lambda: len(ear.frames) == len(TOPICS))
+
+        assert sorted(ear.frames) == sorted(topic.encode() for topic in TOPICS)
+        for server in cluster.servers:
+            assert await command(server.url, "PUBSUB", "SHARDCHANNELS", "legion:*")
+
+        await into.detach(ear)
+
+        async def nobody_listens() -> bool:
+            left = [await command(each.url, "PUBSUB", "SHARDCHANNELS") for each in cluster.servers]
+            return not any(left)
+
+        await eventually(nobody_listens)
+
+
+async def test_a_slot_that_moves_under_load_loses_nothing_that_is_sent(cluster: Cluster) -> None:
+    """What comes back with MOVED is sent anew, in order; what is lost meanwhile is counted."""
+    from redis.crc import key_slot
+
+    slot = key_slot(b"legion:default:live:number.said")
+    async with client(cluster) as out, client(cluster) as into:
+        ear = await listener(into)
+        publisher = EventPublisher(PublisherConfig(agent_name="speaker", broker=out))
+        stop = asyncio.Event()
+        said = 0
+
+        async def speak() -> None:
+            nonlocal said
+            while not stop.is_set():
+                await publisher.publish("number.said", {"number": said})
+                said += 1
+                if said % 20 == 0:
+                    await asyncio.sleep(0.001)
+
+        speaking = asyncio.create_task(speak())
+        for target in (0, 1, 2):
+            heard = len(ear.numbers)
+            await eventually(lambda heard=heard: len(ear.numbers) > heard + 300)  # type: ignore[misc]
+            await cluster.move(slot, target)
+        heard = len(ear.numbers)
+        await eventually(lambda: len(ear.numbers) > heard + 300)
+        stop.set()
+        await speaking
+        await publisher.flush()
+        await eventually(lambda: ear.numbers[-1] == said - 1)
+
+        assert ear.numbers == sorted(set(ear.numbers))
+        assert ear.ledger.lost() == said - len(ear.numbers)
+        assert ear.ledger.lost() < said / 2
+        await publisher.close()
+        await ear.stop()
+
+
+async def test_a_node_that_is_killed_comes_back_with_its_topics(cluster: Cluster) -> None:
+    async with client(cluster) as broker:
+        ear = Ear()
+        await broker.attach(TOPICS, ear)
+        victim = cluster.servers[2]
+        await asyncio.to_thread(victim.kill)
+        await eventually(lambda: not all(broker.try_send(topic, b"{}") for topic in TOPICS))
+        assert any(broker.try_send(topic, b"{}") for topic in TOPICS), "the others go on"
+
+        await asyncio.to_thread(victim.start)
+
+        async def all_arrive() -> bool:
+            ear.frames.clear()
+            sent = [topic for topic in TOPICS if broker.try_send(topic, b"{2}")]
+            await asyncio.sleep(0.02)
+            return len(sent) == len(TOPICS) == len(ear.frames)
+
+        await eventually(all_arrive, within_s=15.0)
+
+
+async def test_a_server_that_is_no_cluster_is_told(redis_url: str) -> None:
+    (port,) = free_ports(1)
+    server = RedisServer(settings={"port": str(port), "bind": "127.0.0.1"}).start()
+    try:
+        with pytest.raises(AccessDeniedError, match="is no cluster; unset LEGION_REDIS_CLUSTER"):
+            await RedisMessageBroker("127.0.0.1", port, cluster=True).connect()
+    finally:
+        server.close()
+
+
+async def test_a_failover_by_sentinel_is_followed() -> None:
+    first, second, guard = free_ports(3)
+    loopback = {"bind": "127.0.0.1"}
+    master = RedisServer(settings={"port": str(first), **loopback})
+    replica = RedisServer(
+        settings={"port": str(second), "replicaof": f"127.0.0.1 {first}", **loopback}
+    )
+    sentinel = RedisServer(
+        settings={
+            "port": str(guard),
+            "sentinel monitor": f"legion 127.0.0.1 {first} 1",
+            "sentinel down-after-milliseconds": "legion 500",
+            "sentinel failover-timeout": "legion 2000",
+            **loopback,
+        },
+        sentinel=True,
+    )
+    started: list[RedisServer] = []
+    try:
+        for each in (master, replica, sentinel):
+            each.start()
+            started.append(each)
+
+        async def knows_the_replica() -> bool:
+            known = await command(f"redis://127.0.0.1:{guard}", "SENTINEL", "REPLICAS", "legion")
+            return bool(known)
+
+        await eventually(knows_the_replica, within_s=20.0)
+        broker = RedisMessageBroker(
+            sentinels=[("127.0.0.1", guard)], sentinel_service="legion", silent_s=1.0
+        )
+        async with broker:
+            ear = Ear()
+            await broker.attach(["t"], ear)
+            await asyncio.to_thread(master.kill)
+
+            async def arrives() -> bool:
+                return broker.try_send("t", b"{new}") and b"{new}" in ear.frames
+
+            await eventually(arrives, within_s=30.0)
+            assert str(second) in str(await command(
+                f"redis://127.0.0.1:{guard}", "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "legion"
+            ))  # fmt: skip
+
+        with pytest.raises(BrokerUnavailableError, match="name no master for 'other'"):
+            await RedisMessageBroker(
+                sentinels=[("127.0.0.1", guard)], sentinel_service="other", connect_timeout_s=1.0
+            ).connect()
+    finally:
+        for each in started:
+            each.close()

@@ -1,0 +1,84 @@
+"""The whole mesh on Redis, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.plumbing.processes import ROOT, environment, processes_in, run_mesh, wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.redis, pytest.mark.timeout(120)]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "agents", tmp_path / "agents", ignore=shutil.ignore_patterns("__py*"))
+    shutil.copy(ROOT / "supervisord.conf", tmp_path)
+    return tmp_path
+
+
+def programs(project: Path) -> dict[str, dict[str, Any]]:
+    told = json.loads(run_mesh("status", "--json", cwd=project).out)
+    return {row["name"]: row for row in told["programs"]}
+
+
+def test_redis_gives_the_same_fills_as_memory(project: Path, redis_url: str) -> None:
+    settings = environment(
+        LEGION_BROKER_TYPE="redis", REDIS_URL=redis_url, LEGION_MESH_NAME=project.name
+    )
+    options = ("--bars", "3000", "--speed", "max", "--json")
+
+    over_redis = run_mesh("run", *options, cwd=project, env=settings)
+    in_memory = run_mesh("run", *options, "--memory", cwd=project)
+
+    assert (over_redis.code, in_memory.code) == (0, 0), (over_redis, in_memory)
+    ours, theirs = json.loads(over_redis.out), json.loads(in_memory.out)
+    assert ours["fills"] > 0
+    assert ours["fills_digest"] == theirs["fills_digest"]
+    assert (ours["lost"], set(ours["agents"])) == (0, set(theirs["agents"]))
+
+
+def test_a_redis_of_its_own_is_kept_like_an_agent(project: Path, own_mesh_dir: Path) -> None:
+    """Killed, it is back; no agent restarts for it, and events flow again."""
+    started = run_mesh("up", "-d", "--with-redis", "--param", "speed=40", cwd=project)
+    try:
+        assert started.code == 0, started
+        before = programs(project)
+        assert "forwarder" not in before
+        (server,) = (one for one in processes_in(own_mesh_dir) if "redis-server " in one.command)
+
+        os.kill(server.pid, signal.SIGKILL)
+        wait_until(lambda: programs(project)["redis"]["pid"] != before["redis"]["pid"])
+        heard = run_mesh("tail", "market.data.received", "--json", "-n", "3", cwd=project)
+
+        assert heard.code == 0, heard
+        assert len(heard.out.splitlines()) == 3
+        after = programs(project)
+        agents = before.keys() - {"redis"}
+        assert {name: after[name]["pid"] for name in agents} == {
+            name: before[name]["pid"] for name in agents
+        }
+    finally:
+        stopped = run_mesh("down", cwd=project)
+    assert stopped.code == 0, stopped
+
+
+def test_a_wrong_password_is_a_mistake_in_the_settings(project: Path, redis_url: str) -> None:
+    """It does not become right by trying again, and is shown nowhere."""
+    settings = environment(
+        LEGION_BROKER_TYPE="redis", REDIS_URL=redis_url, REDIS_PASSWORD="hunter2-secret"
+    )
+
+    ended = run_mesh("run", "--bars", "10", "--speed", "max", cwd=project, env=settings)
+
+    assert ended.code != 0
+    assert "the server has none; unset REDIS_PASSWORD" in ended.err
+    assert "hunter2" not in ended.out + ended.err
