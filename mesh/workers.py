@@ -109,13 +109,22 @@ class WorkerPool:
         """End the workers; can be called twice."""
         pool, self._pool = self._pool, None
         if pool is not None:
+            workers, queues = list(pool.processes), list(pool.queues.values())
             pool.terminate()
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(pool.join(), 5)
+            for worker in workers:
+                # Its pipe would stay open until the collector comes by; a living one refuses
+                with contextlib.suppress(ValueError):
+                    worker.aio_process.close()
+            for queue in (each for pair in queues for each in pair):
+                queue.close()
+                await asyncio.to_thread(queue.join_thread)
+            await _give_manager_back()
 
     def _started(self) -> aiomultiprocess.Pool:
         if self._pool is None:
-            ensure_manager()
+            _take_manager()
             self._pool = aiomultiprocess.Pool(
                 processes=self._processes,
                 # One task at a time: more would let one worker hoard CPU work
@@ -126,12 +135,27 @@ class WorkerPool:
         return self._pool
 
 
-def ensure_manager() -> None:
-    """Start aiomultiprocess's manager process so that it dies with us."""
+#: Who uses aiomultiprocess's one manager process; processes of `start_process` do for good.
+_manager_users = 0
+
+
+def _take_manager() -> None:
+    """Start aiomultiprocess's manager process, so that it dies with us."""
+    global _manager_users
     if aiomultiprocess.core._manager is None:
         manager = SyncManager(ctx=aiomultiprocess.core.context)
         manager.start(die_with_parent, (os.getpid(),))
         aiomultiprocess.core._manager = manager
+    _manager_users += 1
+
+
+async def _give_manager_back() -> None:
+    """End the manager process with its last user."""
+    global _manager_users
+    _manager_users -= 1
+    if not _manager_users:
+        manager, aiomultiprocess.core._manager = aiomultiprocess.core._manager, None
+        await asyncio.to_thread(manager.shutdown)
 
 
 def start_process(main: Callable[..., int], *args: Any, name: str) -> aiomultiprocess.Process:
@@ -143,7 +167,7 @@ def start_process(main: Callable[..., int], *args: Any, name: str) -> aiomultipr
         args: Plain data; it travels to the other process.
         name: Shown by the operating system's tools for multiprocessing.
     """
-    ensure_manager()
+    _take_manager()
     process = aiomultiprocess.Process(
         args=(main, os.getpid(), *args), name=name, process_target=_run_main
     )

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import pytest
 
 from mesh.events import EventType, declarations, set_declarations
 from tests.plumbing import leaks, processes
+from tests.plumbing.processes import ROOT
 from tests.plumbing.redis_server import RedisServer, find_redis
 
 if TYPE_CHECKING:
@@ -76,11 +78,25 @@ def rundir(own_mesh_dir: Path) -> Path:
     return own_mesh_dir
 
 
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Give a project of one's own: the pipeline's agents and their supervisord.conf."""
+    shutil.copytree(ROOT / "agents", tmp_path / "agents", ignore=shutil.ignore_patterns("__py*"))
+    shutil.copy(ROOT / "supervisord.conf", tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def redis_before(request: pytest.FixtureRequest) -> None:
     """Start the worker's server before a test's children are counted, also for a parameter."""
     if request.node.get_closest_marker("redis"):
         request.getfixturevalue("redis_home")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _resource_tracker() -> None:
+    """Start what multiprocessing keeps for good, before anybody counts open files."""
+    resource_tracker.ensure_running()
 
 
 @pytest.fixture(autouse=True)

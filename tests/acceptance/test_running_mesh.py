@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.plumbing.processes import (
-    ROOT,
     is_alive,
     run_mesh,
     run_program,
@@ -29,14 +27,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 AGENTS = ("market_data", "features", "signals", "risk", "execution", "portfolio")
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A project of one's own: the pipeline's agents and their supervisord.conf."""
-    shutil.copytree(ROOT / "agents", tmp_path / "agents", ignore=shutil.ignore_patterns("__py*"))
-    shutil.copy(ROOT / "supervisord.conf", tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.plumbing.processes import MESH, ROOT, eventually, run_mesh, running, wait_until
+from tests.plumbing.processes import MESH, eventually, run_mesh, running, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    shutil.copytree(ROOT / "agents", tmp_path / "agents", ignore=shutil.ignore_patterns("__py*"))
-    shutil.copy(ROOT / "supervisord.conf", tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

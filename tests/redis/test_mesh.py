@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.plumbing.processes import ROOT, environment, processes_in, run_mesh, wait_until
+from tests.plumbing.processes import environment, processes_in, run_mesh, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.redis, pytest.mark.timeout(120)]
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    shutil.copytree(ROOT / "agents", tmp_path / "agents", ignore=shutil.ignore_patterns("__py*"))
-    shutil.copy(ROOT / "supervisord.conf", tmp_path)
-    return tmp_path
 
 
 def programs(project: Path) -> dict[str, dict[str, Any]]:

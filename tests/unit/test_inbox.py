@@ -85,7 +85,7 @@ async def test_latest_keeps_the_newest_of_each_key() -> None:
         ear.go.set()
         await ear.consumer.drained()
 
-        newest = {key: number for key, number in ear.heard}
+        newest = dict(ear.heard)
         assert newest == {"k0": 99, "k1": 97, "k2": 98}
         assert len(ear.heard) <= 4, "the one that was running, and one a key"
         assert view_of("ear", ear.ledger).dropped["overflow"] == 100 - len(ear.heard)

@@ -21,11 +21,12 @@ from mesh import (
 )
 from mesh.codec import MAX_BATCH_BYTES, MAX_BATCH_EVENTS, decode_frame
 from mesh.ledger import Ledger, view_of
-from mesh.testing import FakeClock
 from tests.plumbing.processes import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from mesh.testing import FakeClock
 
 
 class Reading(msgspec.Struct, frozen=True):
@@ -150,9 +151,12 @@ async def test_a_fabric_that_stays_full_is_told_and_counted(fabric: Fabric) -> N
     publisher = publisher_on(fabric, publish_timeout_s=0.05, ledger=ledger)
     fabric.full = True
 
-    with pytest.raises(BackpressureError, match="memory took no event on 'a.a' for 0.05 s"):
+    async def say_more_than_a_batch() -> None:
         for number in range(10 * MAX_BATCH_EVENTS):
             await publisher.publish("a.a", {"value": number})
+
+    with pytest.raises(BackpressureError, match=r"memory took no event on 'a\.a' for 0\.05 s"):
+        await say_more_than_a_batch()
     fabric.full = False
     await publisher.publish("a.a", {"value": -1})
     await publisher.flush()

@@ -1,0 +1,114 @@
+"""Processes without supervisord: `mesh.launch` and offloaded work."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mesh import Agent, AgentContext, InMemoryMessageBroker
+from mesh.workers import OffloadError, OffloadTimeoutError
+from tests.plumbing.processes import environment, processes_in, running, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+PARENT = """
+import asyncio, sys
+from mesh import launch
+
+async def main():
+    async with launch(["agents/features.py", "agents/signals.py"], directory=sys.argv[1]) as mesh:
+        print("up", flush=True)
+        await asyncio.Event().wait()
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+async def test_nothing_survives_a_killed_parent(own_mesh_dir: Path, tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    async with running(sys.executable, script, str(own_mesh_dir), env=environment()) as parent:
+        assert parent.stdout is not None
+        line = await asyncio.wait_for(parent.stdout.readline(), 30)
+        assert line == b"up\n"
+        assert len(processes_in(own_mesh_dir)) >= 4, "the parent, two agents and the forwarder"
+
+        parent.kill()
+        await parent.wait()
+
+        await asyncio.to_thread(
+            wait_until, lambda: not processes_in(own_mesh_dir), within_s=15, what="all to be gone"
+        )
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def raise_it(words: str) -> None:
+    raise ValueError(words)
+
+
+def die() -> None:
+    os._exit(1)
+
+
+def never_end() -> None:
+    time.sleep(3600)
+
+
+class Worker(Agent):
+    """Offloads."""
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[Worker]:
+    async with InMemoryMessageBroker() as broker:
+        agent = Worker(AgentContext(name="worker", broker=broker))
+        await agent.open()
+        yield agent
+        await agent.close()
+
+
+async def test_offloaded_work_comes_back_while_the_loop_turns(worker: Worker) -> None:
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0.001)
+
+    turning = asyncio.create_task(turn())
+    assert await worker.offload(double, 21) == 42
+    turning.cancel()
+
+    assert turns > 5
+
+
+async def test_what_offloaded_work_raises_is_told(worker: Worker) -> None:
+    with pytest.raises(OffloadError, match="ValueError: no such luck") as caught:
+        await worker.offload(raise_it, "no such luck")
+
+    assert "raise_it" in caught.value.remote_traceback
+
+
+async def test_what_cannot_travel_is_refused_at_once(worker: Worker) -> None:
+    with pytest.raises(OffloadError, match="pass a module-level function and plain data"):
+        await worker.offload(lambda: 1)
+
+
+@pytest.mark.parametrize("lost", [die, never_end])
+async def test_work_that_does_not_come_back_has_a_limit(worker: Worker, lost: object) -> None:
+    with pytest.raises(OffloadTimeoutError, match=r"did not come back within 2 s"):
+        await worker.offload(lost, timeout_s=2)  # type: ignore[arg-type]
+
+    assert await worker.offload(double, 4) == 8
