@@ -32,14 +32,14 @@ class Comparison:
 
 COMPARISONS = [
     Comparison(
-        "throughput 200 B / raw pyzmq",
+        "throughput 200 B, publish_batch / raw pyzmq",
         lambda: cross.mesh_throughput(300_000, 200),
         lambda: cross.raw_throughput(300_000, 200),
         "events/s",
         ">= 1.0",
     ),
     Comparison(
-        "throughput 200 B, published one by one / raw",
+        "throughput 200 B, one by one / raw pyzmq",
         lambda: cross.mesh_throughput(300_000, 200, batch=1),
         lambda: cross.raw_throughput(300_000, 200),
         "events/s",
@@ -67,6 +67,20 @@ COMPARISONS = [
         ">= 1.0",
     ),
     Comparison(
+        "fan-out to 8 / to 2, delivered",
+        lambda: cross.mesh_throughput(50_000, 200, 8),
+        lambda: cross.mesh_throughput(50_000, 200, 2),
+        "delivered/s",
+        "~ 1",
+    ),
+    Comparison(
+        "fan-out to 32 / to 8, delivered",
+        lambda: cross.mesh_throughput(20_000, 200, 32),
+        lambda: cross.mesh_throughput(20_000, 200, 8),
+        "delivered/s",
+        "~ 1",
+    ),
+    Comparison(
         "latency p50 at 1,000/s / raw pyzmq on a loop",
         lambda: cross.mesh_latency(3000, 1000)[0],
         lambda: cross.raw_latency(3000, 1000)[0],
@@ -87,6 +101,13 @@ COMPARISONS = [
         inside.bare_await_with_event,
         "events/s",
         ">= 0.1",
+    ),
+    Comparison(
+        "dispatch with 1,000 other handlers / with 10",
+        lambda: inside.dispatch(1000),
+        lambda: inside.dispatch(10),
+        "calls/s",
+        "~ 1",
     ),
     Comparison(
         "dispatch with 10,000 other handlers / with 10",

@@ -54,7 +54,7 @@ def socket_throughput(count: int, size: int) -> float:
         return float(wait_for(directory / "limit")["events_per_s"])
 
 
-def mesh_throughput(count: int, size: int, subscribers: int = 1, batch: int = 100) -> float:
+def mesh_throughput(count: int, size: int, subscribers: int = 1, batch: int = 1000) -> float:
     """The mesh on ZeroMQ, everything on; events/s delivered in all."""
     with private_directory() as directory, contextlib.ExitStack() as running:
         names = [f"counter-{number}" for number in range(subscribers)]
