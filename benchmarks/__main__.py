@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import cross, inside, startup
+from benchmarks import cross, inside, over_redis, startup
 
 Measure = Callable[[], float]
 
@@ -93,6 +93,20 @@ COMPARISONS = [
         lambda: cross.raw_latency(3000, 1000)[1],
         "us",
         "<= 1.3",
+    ),
+    Comparison(
+        "redis live 200 B / redis-py, 100 a pipeline",
+        lambda: over_redis.mesh_throughput(300_000, 200),
+        lambda: over_redis.peer_throughput(100_000, 200),
+        "events/s",
+        ">= 3",
+    ),
+    Comparison(
+        "redis live p50 at 1,000/s / redis-py latency",
+        lambda: over_redis.mesh_latency(3000, 1000),
+        lambda: over_redis.peer_latency(3000, 1000),
+        "us",
+        "<= 1.2",
     ),
     Comparison("dispatch / bare await", inside.dispatch, inside.bare_await, "calls/s", ">= 0.25"),
     Comparison(

@@ -58,8 +58,8 @@ def mesh_throughput(count: int, size: int, subscribers: int = 1, batch: int = 10
     """The mesh on ZeroMQ, everything on; events/s delivered in all."""
     with private_directory() as directory, contextlib.ExitStack() as running:
         names = [f"counter-{number}" for number in range(subscribers)]
-        _start_counters(running, directory, names, count=count, size=size)
-        _start_sender(running, directory, count=count, size=size, batch=batch)
+        start_counters(running, directory, names, {}, count=count, size=size)
+        start_sender(running, directory, {}, count=count, size=size, batch=batch)
         return sum(float(wait_for(directory / name)["events_per_s"]) for name in names)
 
 
@@ -74,24 +74,26 @@ def raw_latency(count: int, rate: float) -> tuple[float, float]:
         running.enter_context(
             process("-m", "benchmarks.raw", "publish", where, str(count), "200", str(rate), "1")
         )
-        return _percentiles(wait_for(directory / "sub")["delays_us"])
+        return percentiles(wait_for(directory / "sub")["delays_us"])
 
 
 def mesh_latency(count: int, rate: float) -> tuple[float, float]:
     """The mesh on ZeroMQ, everything on; p50 and p99 in microseconds."""
     with private_directory() as directory, contextlib.ExitStack() as running:
-        _start_counters(running, directory, ["counter"], "stopwatch", count=count)
-        _start_sender(running, directory, count=count, size=200, rate=rate, batch=1)
-        return _percentiles(wait_for(directory / "counter")["delays_us"])
+        start_counters(running, directory, ["counter"], {}, "stopwatch", count=count)
+        start_sender(running, directory, {}, count=count, size=200, rate=rate, batch=1)
+        return percentiles(wait_for(directory / "counter")["delays_us"])
 
 
-def _start_counters(
+def start_counters(
     running: contextlib.ExitStack,
     directory: Path,
     names: list[str],
+    settings: dict[str, str],
     script: str = "counter",
     **params: float,
 ) -> None:
+    """Start counting agents; returns when they are READY."""
     for name in names:
         running.enter_context(
             process(
@@ -99,17 +101,19 @@ def _start_counters(
                 f"benchmarks/{script}.py",
                 "--name",
                 name,
-                environment=_environment(directory, params),
+                environment={**_environment(directory, params), **settings},
             )
         )
     for name in names:
         wait_state(directory, name, "ready")
 
 
-def _start_sender(running: contextlib.ExitStack, directory: Path, **params: float) -> None:
-    running.enter_context(
-        process(*AGENT, "benchmarks/sender.py", environment=_environment(directory, params))
-    )
+def start_sender(
+    running: contextlib.ExitStack, directory: Path, settings: dict[str, str], **params: float
+) -> None:
+    """Start the sending agent."""
+    given = {**_environment(directory, params), **settings}
+    running.enter_context(process(*AGENT, "benchmarks/sender.py", environment=given))
 
 
 def _environment(directory: Path, params: dict[str, float]) -> dict[str, str]:
@@ -117,7 +121,8 @@ def _environment(directory: Path, params: dict[str, float]) -> dict[str, str]:
     return {"MESH_DIR": str(directory), "MESH_PARAM_OUT": str(directory), **given}
 
 
-def _percentiles(delays_us: list[float]) -> tuple[float, float]:
+def percentiles(delays_us: list[float]) -> tuple[float, float]:
+    """Give p50 and p99 of what was noted."""
     # The first moments belong to the start, on both sides
     settled = delays_us[len(delays_us) // 10 :]
     cuts = statistics.quantiles(settled, n=100)

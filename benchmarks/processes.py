@@ -35,8 +35,17 @@ def process(
     *arguments: str, environment: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run ``python ARGUMENTS``; ended by SIGTERM, then SIGKILL, when the block is left."""
+    with program(sys.executable, *arguments, environment=environment, **options) as child:
+        yield child
+
+
+@contextlib.contextmanager
+def program(
+    *command: str, environment: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program; ended by SIGTERM, then SIGKILL, when the block is left."""
     child = subprocess.Popen(
-        [sys.executable, *arguments],
+        command,
         cwd=ROOT,
         env={**os.environ, **(environment or {})},
         **options,

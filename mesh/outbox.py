@@ -292,9 +292,9 @@ class Outbox:
                 while not self._send(out):
                     await self._broker.wait_sendable()
         except TimeoutError:
+            why = self._broker.trouble() or "is a consumer stopped, or the fabric down?"
             error = BackpressureError(
-                f"{self._broker.fabric} took no event on {out.topic!r} for {limit_s:g} s;"
-                " is a consumer stopped, or the fabric down?"
+                f"{self._broker.fabric} took no event on {out.topic!r} for {limit_s:g} s; {why}"
             )
             self._drop(out, error)
             raise error from None
@@ -302,6 +302,8 @@ class Outbox:
     def _drop(self, out: Outgoing, error: Exception) -> None:
         """Give a batch up. Its sequence numbers are spent, so every consumer counts the loss."""
         lost = len(out.events)
+        if not lost:
+            return  # somebody who waited for the same batch has given it up, or sent it
         self._ledger.count("unsent", lost)
         _log.warning("%s lost %d events on %s: %s", self._agent_name, lost, out.topic, error)
         self._clear(out)

@@ -29,6 +29,7 @@ _SAY_EVERY_S = 10.0
 _BACK_OFF = RetryPolicy(first_delay_s=0.05, max_delay_s=1.0, jitter=0.5)
 #: What is on its way out at the end may take so long.
 _CLOSE_S = 1.0
+_CANCEL_AGAIN_S = 0.1
 
 
 class Sparing:
@@ -48,6 +49,17 @@ class Sparing:
         self._next_s[kind] = now_s + _SAY_EVERY_S
         unsaid = self._unsaid.pop(kind, 0)
         _log.log(level, "%s%s", words, f" ({unsaid} more like this)" if unsaid else "")
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    """
+    Cancel a task until it has ended.
+
+    Once is not always enough: while sentinels were asked by redis-py, a cancellation has got lost.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=_CANCEL_AGAIN_S)
 
 
 class KeptConnection:
@@ -94,8 +106,6 @@ class KeptConnection:
         self.connection: RespConnection | None = None
         #: Why there is none, for people.
         self.trouble: BrokerUnavailableError | None = None
-        #: `send` commands that were under way when connections ended.
-        self.in_doubt = 0
 
     def start(self) -> None:
         """Begin to connect."""
@@ -118,8 +128,7 @@ class KeptConnection:
     async def close(self) -> None:
         """End it; what was sent still leaves, within a second."""
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+            await end(self._keeper)
         connection = self.connection
         if connection is None:
             return
@@ -157,11 +166,8 @@ class KeptConnection:
             await self._watch(connection)
             down_since_s = time.monotonic()
             lost = connection.in_doubt
-            self.in_doubt += lost
             doubt = f"; {lost} frames on their way may be lost" if lost else ""
-            reason = f"redis at {self.address} is lost: {connection.ended.result()}"
-            self.trouble = self.trouble or BrokerUnavailableError(reason)
-            self._sparing.say("down", logging.WARNING, f"{reason}{doubt}; connecting anew")
+            self._sparing.say("down", logging.WARNING, f"{self.trouble}{doubt}; connecting anew")
 
     def _ended_keeping(self, keeper: asyncio.Task[None]) -> None:
         """Let nobody wait for a connection that nobody makes any more."""
@@ -193,6 +199,8 @@ class KeptConnection:
     def _ended(self) -> None:
         # Called while the connection goes down, so that nobody waits on one that is dead
         if self.connection is not None and not self.connection.is_open:
+            reason = self.connection.ended.result()
+            self.trouble = BrokerUnavailableError(f"redis at {self.address} is lost: {reason}")
             self.connection = None
             self._up.clear()
             self._on_down()

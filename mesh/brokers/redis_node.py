@@ -93,8 +93,6 @@ class Node:
         self.wanted: set[bytes] = set()
         #: True for a moment after the server has refused an event.
         self.is_refusing = False
-        #: Events frames that the server refused.
-        self.refused = 0
         self.publisher = self._keep(
             self._prepare_publisher,
             {"on_refused": self._refused, "on_free": terms.on_change},
@@ -249,7 +247,6 @@ class Node:
         if words.startswith("MOVED") and self._terms.on_moved is not None:
             self._terms.on_moved(token)
             return
-        self.refused += 1
         error = unavailable(self.publisher.address, ReplyError(words), self._terms.access)
         self.publisher.trouble = error
         self._terms.sparing.say("refused", logging.ERROR, f"an event was refused: {error}")

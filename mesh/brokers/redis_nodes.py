@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mesh.brokers.redis_access import Address, open_connection
+from mesh.brokers.redis_kept import end
 from mesh.brokers.redis_node import MovedError, Node
 from mesh.brokers.resp import ReplyError
 from mesh.errors import AccessDeniedError, BrokerUnavailableError
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
     from mesh.brokers.redis_node import Terms
-
-_log = logging.getLogger("mesh.brokers.redis")
 
 _SENTINEL_S = 1.0
 #: A cluster's layout is asked for at most so often.
@@ -172,7 +171,7 @@ class ClusterNodes:
         self._returned: list[Any] = []
         self._stale = asyncio.Event()
         self._laid_out = asyncio.Event()
-        self._denied: AccessDeniedError | None = None
+        self._fatal: BaseException | None = None
         self._task: asyncio.Task[None] | None = None
         terms.on_stale = self._stale.set
         terms.on_moved = self._take_back
@@ -186,6 +185,7 @@ class ClusterNodes:
         """Begin to ask for the layout."""
         self._stale.set()
         self._task = asyncio.get_running_loop().create_task(self._follow(), name="redis-layout")
+        self._task.add_done_callback(self._ended_following)
 
     async def wait_up(self) -> None:
         """
@@ -195,9 +195,7 @@ class ClusterNodes:
             AccessDeniedError: A node refuses us.
             BrokerUnavailableError: The server is no cluster.
         """
-        await self._laid_out.wait()
-        if self._denied is not None:
-            raise self._denied
+        await self._layout_known()
         for node in list(self._nodes.values()):
             await node.wait_up()
 
@@ -222,7 +220,7 @@ class ClusterNodes:
                 if node is None:
                     self._laid_out.clear()
                     self._stale.set()
-                    await self._laid_out.wait()
+                    await self._layout_known()
 
     def unhear(self, channels: Collection[bytes]) -> None:
         """Unsubscribe, wherever it was."""
@@ -237,8 +235,7 @@ class ClusterNodes:
     async def close(self) -> None:
         """End all connections."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
         for node in self._nodes.values():
             await node.close()
         self._nodes.clear()
@@ -246,6 +243,17 @@ class ClusterNodes:
     def _take_back(self, token: Any) -> None:
         self._returned.append(token)
         self._stale.set()
+
+    async def _layout_known(self) -> None:
+        await self._laid_out.wait()
+        if self._fatal is not None:
+            raise self._fatal
+
+    def _ended_following(self, task: asyncio.Task[None]) -> None:
+        """Let nobody wait for a layout that nobody asks for any more."""
+        if not task.cancelled():
+            self._fatal = task.exception()
+            self._laid_out.set()
 
     async def _follow(self) -> None:
         """Keep up with the layout, when there is a sign that it has changed."""
@@ -259,9 +267,7 @@ class ClusterNodes:
             except AccessDeniedError as error:
                 self._terms.sparing.say("layout", logging.ERROR, str(error))
                 if not self._slots:
-                    self._denied = error
-                    self._laid_out.set()
-                    return
+                    raise
                 self._stale.set()
             except BrokerUnavailableError as error:
                 self._terms.sparing.say("layout", logging.WARNING, f"{error}; trying on")

@@ -6,11 +6,15 @@ import re
 
 import pytest
 
-from tests.plumbing.processes import ROOT, run_python
+from tests.plumbing.processes import ROOT, environment, run_python
 
 _PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPETS = [
-    pytest.param(code, id=f"{path.name}-{number}")
+    pytest.param(
+        code,
+        id=f"{path.name}-{number}",
+        marks=[pytest.mark.redis] if path.name == "redis.md" else [],
+    )
     for path in sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
     for number, code in enumerate(_PYTHON.findall(path.read_text()), 1)
 ]
@@ -21,8 +25,13 @@ def test_there_are_snippets() -> None:
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
-def test_a_snippet_runs(code: str) -> None:
+def test_a_snippet_runs(code: str, request: pytest.FixtureRequest) -> None:
+    needs_redis = request.node.get_closest_marker("redis") is not None
+    url = request.getfixturevalue("redis_url") if needs_redis else None
+
     # An agent's script would run until it is stopped; that it can be made is what is shown
-    ended = run_python(code.replace('if __name__ == "__main__":', "if False:"))
+    ended = run_python(
+        code.replace('if __name__ == "__main__":', "if False:"), env=environment(REDIS_URL=url)
+    )
 
     assert ended.code == 0, ended
