@@ -36,7 +36,7 @@ from mesh.requests import Requester
 from mesh.rundir import RunDir
 from mesh.runtime import Launch, guarded, run_launch
 from mesh.supervision.beats import BeatListener
-from mesh.workers import sentinel_of, start_process
+from mesh.workers import give_manager_back, sentinel_of, start_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -315,6 +315,8 @@ class LaunchedMesh:
             async with asyncio.timeout(_END_GRACE_S):
                 await self.quiet()
         await self._end([name for name in self._processes if name not in sources])
+        for _ in self._processes:
+            await give_manager_back()
 
     async def _end(self, names: list[str]) -> None:
         living = [self._processes[name] for name in names]

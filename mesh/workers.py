@@ -120,7 +120,7 @@ class WorkerPool:
             for queue in (each for pair in queues for each in pair):
                 queue.close()
                 await asyncio.to_thread(queue.join_thread)
-            await _give_manager_back()
+            await give_manager_back()
 
     def _started(self) -> aiomultiprocess.Pool:
         if self._pool is None:
@@ -135,7 +135,7 @@ class WorkerPool:
         return self._pool
 
 
-#: Who uses aiomultiprocess's one manager process; processes of `start_process` do for good.
+#: How many pools and processes use aiomultiprocess's one manager process.
 _manager_users = 0
 
 
@@ -149,8 +149,8 @@ def _take_manager() -> None:
     _manager_users += 1
 
 
-async def _give_manager_back() -> None:
-    """End the manager process with its last user."""
+async def give_manager_back() -> None:
+    """End the manager process with its last user: a pool, or a process that has ended."""
     global _manager_users
     _manager_users -= 1
     if not _manager_users:
