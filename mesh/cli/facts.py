@@ -105,8 +105,11 @@ def _facts(rundir: RunDir, process: ProcessInfo, view: LedgerView | None) -> Pro
     mine = view is not None and runs and view.pid == process.pid
     ready = mine and view is not None and view.state == "ready"
     age_s = time.monotonic() - view.beat_mono_s if mine and view and view.beat_mono_s else None
-    ended_badly = process.state in ("FATAL", "BACKOFF") or (
-        process.state == "EXITED" and process.exit_status != 0
+    ended_badly = (
+        process.state in ("FATAL", "BACKOFF")
+        or (process.state == "EXITED" and process.exit_status != 0)
+        # Tried again after it had ended: what it said then is the best anybody knows
+        or (process.state == "STARTING" and not ready and process.stopped_at_s > 0)
     )
     return ProgramFacts(
         name=process.name,
