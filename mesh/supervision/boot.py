@@ -215,6 +215,8 @@ def last_words(rundir: RunDir, program: ProcessInfo) -> str:
             return lines[-1]
     if program.spawn_error:
         return program.spawn_error
+    if program.state == "STARTING":
+        return "is being started again"
     return f"ended at once with exit code {program.exit_status}, without a word"
 
 
