@@ -219,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     rundir = RunDir(options.adhoc or mesh_dir())
     try:
         rundir.ensure()
-        lock = rundir.acquire(rundir.lock("forwarder"), note="adhoc" if options.adhoc else "")
+        note = "adhoc" if options.adhoc else process.SUPERVISED if is_supervised() else ""
+        lock = rundir.acquire(rundir.lock("forwarder"), note=note)
     except ConfigurationError as error:
         print(error, file=sys.stderr)  # noqa: T201 - before there is a log
         return EXIT_CONFIGURATION

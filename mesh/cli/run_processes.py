@@ -53,7 +53,7 @@ async def run_processes(
     """
     rundir = place.rundir
     with stop_signals() as stop:
-        await boot.up(place.project, rundir, params=params, agents=agents)
+        await boot.up(place.project, rundir, params=params, agents=agents, on_wait=say.note)
         run = _Run(rundir, config, stop)
         try:
             return await run.report()

@@ -82,7 +82,7 @@ async def _up(
     rundir = place.rundir
     with stop_signals() as stop:
         began_s = time.monotonic()
-        pid = await boot.up(place.project, rundir, params=params, agents=agents)
+        pid = await boot.up(place.project, rundir, params=params, agents=agents, on_wait=say.note)
         try:
             failed: list[str] = []
 

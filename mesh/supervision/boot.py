@@ -7,7 +7,6 @@ import configparser
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mesh.errors import AlreadyRunningError, ConfigurationError, MeshError
 from mesh.ledger import account, read_ledgers
+from mesh.supervision.leftovers import make_room
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
 
 if TYPE_CHECKING:
@@ -111,15 +111,19 @@ async def up(
     *,
     params: Mapping[str, str] | None = None,
     agents: Collection[str] | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> int:
     """
     Start a mesh; returns supervisord's pid once it answers.
+
+    What a killed supervisord left is waited for, some seconds at most.
 
     Args:
         project: Where supervisord.conf and agents/ are.
         rundir: The mesh's directory.
         params: Parameters for the agents.
         agents: Only these agents.
+        on_wait: Told in words what holds the start up.
 
     Raises:
         AlreadyRunningError: A mesh runs in this directory; it is left alone.
@@ -131,8 +135,9 @@ async def up(
     with rundir.acquire(rundir.lock("mesh")):
         if await client.is_up():
             raise AlreadyRunningError(f"the mesh in {rundir.path}", await client.pid())
-        await _dismiss_adhoc_forwarder(rundir)
         conf = render(project, rundir, agents)
+        chosen = programs_of(project) if agents is None else [*INFRASTRUCTURE, *agents]
+        await make_room(rundir, chosen, on_wait)
         _clear(rundir)
         environment = {**os.environ, "MESH_DIR": str(rundir.path)}
         environment |= {
@@ -314,32 +319,29 @@ def _lives(pid: int) -> bool:
     return True
 
 
-async def _dismiss_adhoc_forwarder(rundir: RunDir) -> None:
-    """Ask the forwarder of a plain script to make room for the supervised one."""
-    path = rundir.lock("forwarder")
-    pid = rundir.holder(path)
-    if not pid:
-        return
-    if rundir.note(path) != "adhoc":
-        raise AlreadyRunningError(f"the forwarder in {rundir.path}", pid)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-    for _ in range(100):
-        if rundir.holder(path) is None:
-            return
-        await asyncio.sleep(0.05)
-    raise BootError(f"the ad-hoc forwarder (pid {pid}) in {rundir.path} does not leave")
-
-
 def _clear(rundir: RunDir) -> None:
-    """Begin a new account: nothing lives in the directory now."""
-    for folder in ("ledger", "agents"):
-        for path in (rundir.path / folder).iterdir():
-            path.unlink(missing_ok=True)
-    for path in (rundir.path / "run").glob("*.sock*"):
-        path.unlink(missing_ok=True)
-    for path in (rundir.path / "log").glob("*.out*"):
-        path.unlink(missing_ok=True)
+    """Begin a new account. What belongs to a script that somebody runs by hand stays."""
+    run = rundir.path / "run"
+    by_hand = [lock.stem for lock in run.glob("*.lock") if rundir.holder(lock) is not None]
+    kept = {
+        path
+        for name in by_hand
+        for path in (
+            rundir.ledger(name),
+            rundir.card(name),
+            rundir.socket(f"{name}.ctl"),
+            rundir.output(name),
+        )
+    }
+    for folder, pattern in (
+        ("ledger", "*"),
+        ("agents", "*"),
+        ("run", "*.sock*"),
+        ("log", "*.out*"),
+    ):
+        for path in (rundir.path / folder).glob(pattern):
+            if path not in kept:
+                path.unlink(missing_ok=True)
 
 
 def _read(project: Path) -> configparser.RawConfigParser:
