@@ -86,6 +86,8 @@ class BeatSender:
         self._sequence = 0
         #: Beats that nobody took: no monitor, or one that does not read.
         self.unsent = 0
+        #: Datagrams that were no word of the monitor's.
+        self.rejected = 0
         #: Set when the monitor says that all agents are READY.
         self.gate_open = asyncio.Event()
 
@@ -150,3 +152,5 @@ class BeatSender:
             return
         if word == GATE_OPEN:
             self.gate_open.set()
+        else:
+            self.rejected += 1

@@ -56,6 +56,9 @@ MAX_BATCH_EVENTS = 512
 MAX_FRAME_BYTES = MAX_EVENT_BYTES + MAX_BATCH_BYTES + 1024
 MAX_DEPTH = 32
 MAX_ITEMS = 10_000
+#: No honest numbering gets there: at a million events a second it takes nine years.
+MAX_SEQUENCE = 2**48
+_MAX_EPOCH = 2**63
 
 _HEAD = struct.Struct(">BBB")
 _TAIL = struct.Struct(">QQH")
@@ -419,6 +422,7 @@ def _decode_batch(topic: str, frame: bytes, schema: type[Any] | None) -> Batch:
     except UnicodeDecodeError as error:
         raise FrameError("undecodable", f"publisher name: {error}") from None
     epoch, first, count = _TAIL.unpack_from(frame, start)
+    _check_numbers(epoch, first, count)
     batch = Batch(topic, [], publisher, epoch, first, count)
     events = memoryview(frame)[body:]
     member = declaration_of(topic).member
@@ -445,6 +449,12 @@ def _decode_batch(topic: str, frame: bytes, schema: type[Any] | None) -> Batch:
                 _force(event, "type", member)
         return batch
     return _check_each(batch, decoded, member, len(frame))
+
+
+def _check_numbers(epoch: int, first: int, count: int) -> None:
+    """Refuse numbers that no publisher gives: the ledger computes with them."""
+    if not (0 <= epoch < _MAX_EPOCH and 0 < first and 0 < count and first + count < MAX_SEQUENCE):
+        raise FrameError("invalid", f"epoch {epoch}, numbers from {first}, {count} of them")
 
 
 def _all_sound(decoded: list[Any], member: str, size: int) -> bool:
@@ -522,6 +532,7 @@ def _decode_json(topic: str, frame: bytes) -> Batch:
         fields = {name: getattr(found, name) for name in Event.__struct_fields__}
         batch.events.append(Event(**{**fields, "type": member}))
     if parsed and parsed[0].sequence is not None and parsed[0].epoch is not None:
+        _check_numbers(parsed[0].epoch, parsed[0].sequence, len(parsed))
         batch.publisher, batch.epoch = parsed[0].source_agent, parsed[0].epoch
         batch.first, batch.count = parsed[0].sequence, len(parsed)
     return batch

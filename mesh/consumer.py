@@ -48,6 +48,9 @@ _EVENTS_A_TURN = 256
 #: A cancelled handler that is still there after this long holds the agent up for good.
 CANCEL_GRACE_S = 5.0
 _UNNUMBERED = "(unnumbered)"
+_FRAMES, _REJECTED_FRAMES = Ledger.at("frames"), Ledger.at("rejected_frames")
+#: Links whose place in the ledger is remembered; anybody can make up names of publishers.
+_MAX_LINKS = 10_000
 
 
 class ConsumerConfig(Value, frozen=True, kw_only=True):
@@ -230,7 +233,8 @@ class EventConsumer:
     def unsettled(self) -> int:
         """Count the events that wait or are being handled."""
         cells = self._cells
-        return sum(cells[at + IN_RECEIVED] - cells[at + IN_SETTLED] for at in self._links.values())
+        places = set(self._links.values())
+        return sum(cells[at + IN_RECEIVED] - cells[at + IN_SETTLED] for at in places)
 
     def in_flight(self) -> tuple[int, float, str | None]:
         """Tell how many handlers run, the age of the oldest in seconds, and its id."""
@@ -259,6 +263,7 @@ class EventConsumer:
 
     def receive(self, topic: str, frame: bytes) -> None:
         """Take a frame from the fabric. Whatever is in it, nothing is raised."""
+        self._cells[_FRAMES] += 1
         route = self._routes.get(topic)
         handlers = self.registry.handlers_of(topic, self.agent_name)
         if route is None or route.handlers is not handlers:
@@ -266,14 +271,15 @@ class EventConsumer:
         try:
             batch = codec.decode_frame(topic, frame, route.schema)
         except FrameError as error:
+            self._cells[_REJECTED_FRAMES] += 1
             self._reject(topic, error.reason, str(error), frame)
             return
         at = self._links.get((batch.publisher, topic))
         if at is None:
-            at = self._links[batch.publisher, topic] = self.ledger.link(
-                batch.publisher or _UNNUMBERED, topic
-            )
-        arrived = len(batch.events)
+            at = self.ledger.link(batch.publisher or _UNNUMBERED, topic)
+            if len(self._links) < _MAX_LINKS:
+                self._links[batch.publisher, topic] = at
+        arrived = len(batch.events) + len(batch.rejected or ())
         if batch.epoch:
             arrived = self._check_sequence(at, batch)
         cells = self._cells
@@ -301,7 +307,8 @@ class EventConsumer:
             cells[at + IN_EPOCH] = batch.epoch
         missing = batch.first - last - 1
         if missing > 0:
-            cells[at + IN_LOST] += missing
+            # The frame claims it, whoever sent it: a sum that fits whatever is claimed
+            cells[at + IN_LOST] = min(cells[at + IN_LOST] + missing, codec.MAX_SEQUENCE)
             _log.warning(
                 "%s lost %d events of %s on %s (numbers %d to %d)",
                 self.agent_name,

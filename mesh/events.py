@@ -16,7 +16,7 @@ import os
 import secrets
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 
@@ -124,6 +124,13 @@ def _utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+if TYPE_CHECKING:
+    _Moment = datetime
+else:
+    # One without a zone is refused when it comes from the wire: it cannot be compared
+    _Moment = Annotated[datetime, msgspec.Meta(tz=True)]
+
+
 class Event(
     msgspec.Struct,
     frozen=True,
@@ -171,12 +178,12 @@ class Event(
         type: EventType
     data: dict[str, Any]
     source_agent: str
-    timestamp: datetime = msgspec.field(default_factory=_utc_now)
+    timestamp: _Moment = msgspec.field(default_factory=_utc_now)
     correlation_id: str = msgspec.field(default_factory=new_id)
     id: str = msgspec.field(default_factory=new_id)
     causation_id: str | None = None
     key: str | None = None
-    expires_at: datetime | None = None
+    expires_at: _Moment | None = None
     traceparent: str | None = None
     reply_to: str | None = None
     hops: int = 0

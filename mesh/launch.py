@@ -293,12 +293,15 @@ class LaunchedMesh:
         for name in self._origins:
             self._beats.open_gate(name)
 
-    def _heard(self, beat: Beat) -> None:
+    def _heard(self, beat: Beat) -> bool:
+        if beat.name not in self._origins:
+            return False
         if beat.state == "ready" and beat.name not in self._ready:
             self._ready.add(beat.name)
             self._changed.set()
         if self._open and beat.sources == "waiting":
             self._beats.open_gate(beat.name)
+        return True
 
     # -- end -----------------------------------------------------------------------------------
 

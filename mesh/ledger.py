@@ -35,6 +35,8 @@ _HEADER_BYTES = 4096
 _RECORD_BYTES = 256
 _KEY_BYTES = 198
 _RECORDS = 4096  # sparse: only touched pages take room
+#: Kept free for what the agent itself says and counts, however many publishers it hears.
+_RESERVED_RECORDS = 512
 _FILE_BYTES = _HEADER_BYTES + _RECORDS * _RECORD_BYTES
 _CELL = 8
 
@@ -53,6 +55,8 @@ HEADER = (
     "started_mono_ms",
     "lag_us",
     "restarts",
+    "frames",
+    "rejected_frames",
 )
 _AT = {name: 2 + index for index, name in enumerate(HEADER)}
 
@@ -192,7 +196,8 @@ class Ledger:
 
     def _add(self, kind: int, key: str) -> int:
         raw = key.encode()
-        if self._used >= _RECORDS - 1 or len(raw) > _KEY_BYTES:
+        room = _RECORDS - 3 - (_RESERVED_RECORDS if kind == IN else 0)
+        if self._used >= room or len(raw) > _KEY_BYTES:
             # Counted all the same: everything that has no room of its own shares one record a kind
             raw, key = b"(others)", "(others)"
             shared = self._index.get((kind, key))
@@ -267,6 +272,9 @@ class LedgerView(Value, frozen=True):
     failed: int
     queue: int
     lag_s: float
+    #: Frames that came, and those of them that were no frames.
+    frames: int
+    rejected_frames: int
     sources: str
     dropped: Mapping[str, int]
     out: Mapping[str, Out]
@@ -338,6 +346,8 @@ def _view(name: str, raw: bytes) -> LedgerView | None:
         failed=head["failed"],
         queue=head["queue"],
         lag_s=head["lag_us"] / 1e6,
+        frames=head["frames"],
+        rejected_frames=head["rejected_frames"],
         sources=SOURCES[head["sources"]],
         dropped=counts,
         out=out,

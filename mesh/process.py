@@ -7,13 +7,17 @@ import faulthandler
 import os
 import signal
 import time
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from mesh.env import is_supervised
 from mesh.errors import AlreadyRunningError
 
 if TYPE_CHECKING:
     from mesh.rundir import Lock, RunDir
 
+#: The note in the locks of processes that end with their supervisord.
+SUPERVISED = "supervised"
 _PR_SET_PDEATHSIG = 1
 #: A predecessor that is just dying is waited for so long.
 _LOCK_PATIENCE_S = 2.0
@@ -35,6 +39,27 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(0)
 
 
+def parent_of(pid: int) -> int | None:
+    """Give the parent of a process; None when it has ended."""
+    facts = _facts_of(pid)
+    return int(facts[1]) if facts else None
+
+
+def is_running(pid: int) -> bool:
+    """Say whether a process runs; one that is dead but not collected yet does not."""
+    return bool(_facts_of(pid))
+
+
+def _facts_of(pid: int) -> list[str]:
+    """Read a living process's state, parent and so on; nothing when it has ended."""
+    try:
+        # The name before them, in parentheses, may hold anything
+        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+    return [] if facts[0] in "ZX" else facts
+
+
 def prepare(rundir: RunDir, name: str, *, parent_bound: bool) -> None:
     """
     Make this process private and ready to tell how it died.
@@ -47,6 +72,10 @@ def prepare(rundir: RunDir, name: str, *, parent_bound: bool) -> None:
     os.umask(0o077)
     if parent_bound:
         die_with_parent()
+        supervisor = rundir.supervisor_pid() if is_supervised() else None
+        # Killed while this interpreter was starting: nobody will tell us any more
+        if supervisor is not None and not is_running(supervisor):
+            os._exit(0)
     keep_stacks(rundir, name)
 
 
@@ -84,7 +113,7 @@ def only_incarnation(rundir: RunDir, name: str) -> Lock:
     patience_ends = time.monotonic() + _LOCK_PATIENCE_S
     while True:
         try:
-            return rundir.acquire(rundir.lock(name))
+            return rundir.acquire(rundir.lock(name), note=SUPERVISED if is_supervised() else "")
         except AlreadyRunningError:
             if time.monotonic() > patience_ends:
                 raise

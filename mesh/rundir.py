@@ -144,7 +144,7 @@ class RunDir:
 
         Args:
             path: A lock file of this directory.
-            note: A word kept beside the pid, such as ``adhoc``.
+            note: A word kept beside the pid, such as ``adhoc`` or ``supervised``.
 
         Raises:
             AlreadyRunningError: Another process holds it; carries its pid.
@@ -157,8 +157,10 @@ class RunDir:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise AlreadyRunningError(f"{path.name} in {self.path}", self.holder(path)) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} {note}".strip().encode() + b"\n")
+        # At no moment empty: others read it, too
+        words = f"{os.getpid()} {note}".strip().encode() + b"\n"
+        os.pwrite(descriptor, words, 0)
+        os.ftruncate(descriptor, len(words))
         return Lock(descriptor, path)
 
     def holder(self, path: Path) -> int | None:
@@ -179,10 +181,17 @@ class RunDir:
     def note(self, path: Path) -> str:
         """Give the note beside the pid in a lock file; empty when there is none."""
         try:
-            words = path.read_text().split()
+            words = path.read_text().partition("\n")[0].split()
         except OSError:
             return ""
         return words[1] if len(words) > 1 else ""
+
+    def supervisor_pid(self) -> int | None:
+        """Give the pid that this directory's supervisord wrote down; it may be gone by now."""
+        try:
+            return int((self.path / "run" / "supervisord.pid").read_text())
+        except (OSError, ValueError):
+            return None
 
     def _check_length(self) -> None:
         longest = len(os.fsencode(self.path / "run" / _LONGEST_SOCKET))

@@ -293,6 +293,9 @@ class _AgentProcess:
         ledger.set("beat_mono_ms", int(time.monotonic() * 1000))
         ledger.set("lag_us", int(self._lag_s * 1e6))
         ledger.set("queue", queued)
+        if beats.rejected:
+            ledger.count("foreign_words", beats.rejected)
+            beats.rejected = 0
         return beats.make(
             state=_state(ledger),
             lag_ms=self._lag_s * 1e3,

@@ -45,6 +45,8 @@ _BEAT_S = 1.0
 _LINGER_S = 2.0
 _FIRST_PEER_S = 15.0
 _MAX_KNOWN_TOPICS = 10_000
+#: What the mesh says of itself need not be heard by anybody.
+_OWN_TOPICS = (b"agent.", b"system.")
 
 
 class Forwarder:
@@ -169,6 +171,9 @@ class Forwarder:
         return True
 
     def _say_unheard(self, topic: bytes) -> None:
+        if topic.startswith(_OWN_TOPICS):
+            self._ledger.count("unheard_own")
+            return
         self._ledger.count("unheard_frames")
         if topic not in self._said_unheard and len(self._said_unheard) < _MAX_KNOWN_TOPICS:
             self._said_unheard.add(topic)
@@ -187,6 +192,7 @@ class Forwarder:
             if not self._is_subscription(key):
                 self._ledger.count("malformed_subscription")
                 continue
+            self._ledger.count("subscriptions")
             heard = self._heard.add if mark == b"\x01" else self._heard.discard
             heard(key[:-1])
             self._in.send(message)
@@ -219,7 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     rundir = RunDir(options.adhoc or mesh_dir())
     try:
         rundir.ensure()
-        lock = rundir.acquire(rundir.lock("forwarder"), note="adhoc" if options.adhoc else "")
+        note = "adhoc" if options.adhoc else process.SUPERVISED if is_supervised() else ""
+        lock = rundir.acquire(rundir.lock("forwarder"), note=note)
     except ConfigurationError as error:
         print(error, file=sys.stderr)  # noqa: T201 - before there is a log
         return EXIT_CONFIGURATION

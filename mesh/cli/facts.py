@@ -14,6 +14,8 @@ from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
 if TYPE_CHECKING:
     from mesh.rundir import RunDir
 
+#: What the forwarder counts and nobody misses.
+_NO_DROPS = ("frames", "subscriptions", "unheard_own")
 #: Beats come once a second; one that is so much older is news.
 STALE_BEAT_S = 5.0
 
@@ -168,5 +170,5 @@ def _dropped(name: str, view: LedgerView | None) -> dict[str, int]:
         return {}
     if name in INFRASTRUCTURE:
         # The forwarder counts what it passed on as well
-        return {reason: n for reason, n in view.dropped.items() if n and reason != "frames"}
+        return {reason: n for reason, n in view.dropped.items() if n and reason not in _NO_DROPS}
     return {reason: amount for reason, amount in view.dropped.items() if amount}

@@ -54,7 +54,12 @@ async def run_processes(
     rundir = place.rundir
     with stop_signals() as stop:
         await boot.up(
-            place.project, rundir, params=params, agents=agents, broker_type=config.broker_type
+            place.project,
+            rundir,
+            params=params,
+            agents=agents,
+            broker_type=config.broker_type,
+            on_wait=say.note,
         )
         run = _Run(rundir, config, stop)
         try:

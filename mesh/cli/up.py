@@ -103,6 +103,7 @@ async def _up(
             agents=agents,
             broker_type=broker_type,
             with_redis=with_redis,
+            on_wait=say.note,
         )
         try:
             failed: list[str] = []

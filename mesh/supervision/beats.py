@@ -31,13 +31,13 @@ class BeatListener:
 
     Args:
         rundir: The mesh's directory.
-        heard: Called with each beat.
+        heard: Called with each beat; says whether it was of use.
     """
 
     #: Beats read in one go before the loop gets a turn.
     _BUDGET = 256
 
-    def __init__(self, rundir: RunDir, heard: Callable[[Beat], None]) -> None:
+    def __init__(self, rundir: RunDir, heard: Callable[[Beat], bool]) -> None:
         """Open nothing yet."""
         self._rundir = rundir
         self._path = rundir.socket("monitor")
@@ -88,10 +88,8 @@ class BeatListener:
             except OSError:
                 return
             beat = self._decode(raw, extra)
-            if beat is None:
+            if beat is None or not self._heard(beat):
                 self.rejected += 1
-            else:
-                self._heard(beat)
 
     @staticmethod
     def _decode(raw: bytes, extra: list[tuple[int, int, bytes]]) -> Beat | None:

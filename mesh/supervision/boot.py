@@ -7,7 +7,6 @@ import configparser
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mesh.errors import AlreadyRunningError, ConfigurationError, MeshError
 from mesh.ledger import account, read_ledgers
+from mesh.supervision.leftovers import make_room
 from mesh.supervision.redis_server import PROGRAM as REDIS_PROGRAM
 from mesh.supervision.redis_server import settings_for
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
@@ -130,9 +130,12 @@ async def up(
     agents: Collection[str] | None = None,
     broker_type: str = "zmq",
     with_redis: bool = False,
+    on_wait: Callable[[str], None] | None = None,
 ) -> int:
     """
     Start a mesh; returns supervisord's pid once it answers.
+
+    What a killed supervisord left is waited for, some seconds at most.
 
     Args:
         project: Where supervisord.conf and agents/ are.
@@ -141,6 +144,7 @@ async def up(
         agents: Only these agents.
         broker_type: The fabric; only ZeroMQ needs the forwarder.
         with_redis: Keep a redis-server for this mesh too, and use it as the fabric.
+        on_wait: Told in words what holds the start up.
 
     Raises:
         AlreadyRunningError: A mesh runs in this directory; it is left alone.
@@ -152,9 +156,10 @@ async def up(
     with rundir.acquire(rundir.lock("mesh")):
         if await client.is_up():
             raise AlreadyRunningError(f"the mesh in {rundir.path}", await client.pid())
-        await _dismiss_adhoc_forwarder(rundir)
         with_forwarder = broker_type == "zmq" and not with_redis
         conf = render(project, rundir, agents, with_forwarder=with_forwarder, with_redis=with_redis)
+        chosen = programs_of(project) if agents is None else [*INFRASTRUCTURE, *agents]
+        await make_room(rundir, [*chosen, REDIS_PROGRAM] if with_redis else chosen, on_wait)
         _clear(rundir)
         given = settings_for(rundir, os.environ) if with_redis else os.environ
         environment = {**given, "MESH_DIR": str(rundir.path)}
@@ -349,32 +354,29 @@ def _lives(pid: int) -> bool:
     return True
 
 
-async def _dismiss_adhoc_forwarder(rundir: RunDir) -> None:
-    """Ask the forwarder of a plain script to make room for the supervised one."""
-    path = rundir.lock("forwarder")
-    pid = rundir.holder(path)
-    if not pid:
-        return
-    if rundir.note(path) != "adhoc":
-        raise AlreadyRunningError(f"the forwarder in {rundir.path}", pid)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-    for _ in range(100):
-        if rundir.holder(path) is None:
-            return
-        await asyncio.sleep(0.05)
-    raise BootError(f"the ad-hoc forwarder (pid {pid}) in {rundir.path} does not leave")
-
-
 def _clear(rundir: RunDir) -> None:
-    """Begin a new account: nothing lives in the directory now."""
-    for folder in ("ledger", "agents"):
-        for path in (rundir.path / folder).iterdir():
-            path.unlink(missing_ok=True)
-    for path in (rundir.path / "run").glob("*.sock*"):
-        path.unlink(missing_ok=True)
-    for path in (rundir.path / "log").glob("*.out*"):
-        path.unlink(missing_ok=True)
+    """Begin a new account. What belongs to a script that somebody runs by hand stays."""
+    run = rundir.path / "run"
+    by_hand = [lock.stem for lock in run.glob("*.lock") if rundir.holder(lock) is not None]
+    kept = {
+        path
+        for name in by_hand
+        for path in (
+            rundir.ledger(name),
+            rundir.card(name),
+            rundir.socket(f"{name}.ctl"),
+            rundir.output(name),
+        )
+    }
+    for folder, pattern in (
+        ("ledger", "*"),
+        ("agents", "*"),
+        ("run", "*.sock*"),
+        ("log", "*.out*"),
+    ):
+        for path in (rundir.path / folder).glob(pattern):
+            if path not in kept:
+                path.unlink(missing_ok=True)
 
 
 def _has_program(rundir: RunDir, name: str) -> bool:

@@ -53,6 +53,9 @@ ABORT_GRACE_S = 2.0
 #: A round that comes so much too late means that we were stopped, not that all agents were.
 OVERSLEPT_S = 2.0
 _SILENT_LOOP_S = 15.0
+#: Processes that may beat at a time, and how long one that supervisord does not know is remembered.
+_MAX_BEATERS = 1000
+_STRANGER_S = 5.0
 
 
 class Monitor:
@@ -78,7 +81,8 @@ class Monitor:
         self._supervisor = supervisor
         self._ledger = ledger
         self._config = config or LivenessConfig()
-        self._beats: dict[str, tuple[Beat, float]] = {}
+        #: By name and pid: who beats in another's name does not hide the one who bears it.
+        self._beats: dict[tuple[str, int], tuple[Beat, float]] = {}
         self._since: dict[str, tuple[int, float]] = {}
         self._condemned: set[int] = set()
         self._programs: list[ProcessInfo] = []
@@ -98,11 +102,29 @@ class Monitor:
                 await stop.wait()
                 watching.cancel()
 
-    def _hear(self, beat: Beat) -> None:
-        self._beats[beat.name] = (beat, time.monotonic())
+    def _hear(self, beat: Beat) -> bool:
+        key = (beat.name, beat.pid)
+        if key not in self._beats and len(self._beats) >= _MAX_BEATERS:
+            return False
+        self._beats[key] = (beat, time.monotonic())
         # The beat that says READY may be the one that completes the mesh: no need to wait a round
-        if beat.sources == "waiting" and beat.state == "ready" and self._gate_open:
+        if self._gate_open and beat.state == "ready":
+            self._open_gate(beat)
+        return True
+
+    def _open_gate(self, beat: Beat) -> None:
+        # A name becomes a path here: only those that supervisord knows
+        if beat.sources == "waiting" and any(beat.name == each.name for each in self._programs):
             self._listener.open_gate(beat.name)
+
+    def _forget(self, now_s: float) -> None:
+        """Forget who is not, or not yet, one of supervisord's processes."""
+        current = {(program.name, program.pid) for program in self._programs}
+        self._beats = {
+            key: (beat, heard_s)
+            for key, (beat, heard_s) in self._beats.items()
+            if key in current or now_s - heard_s < _STRANGER_S
+        }
 
     async def _watch(self, tasks: asyncio.TaskGroup) -> None:
         planned_s = time.monotonic()
@@ -124,6 +146,8 @@ class Monitor:
             self._complain_once("supervisord", 0, str(error))
             return
         now_s = time.monotonic()
+        self._forget(now_s)
+        self._count_rejected()
         self._try_gate()
         sightings = self._sightings(now_s)
         self._tell(sightings, now_s)
@@ -147,15 +171,12 @@ class Monitor:
     def _try_gate(self) -> None:
         if self._gate_open:
             return
-        ready = {
-            (name, beat.pid) for name, (beat, _) in self._beats.items() if beat.state == "ready"
-        }
+        ready = {key for key, (beat, _) in self._beats.items() if beat.state == "ready"}
         if is_open(self._programs, ready):
             self._gate_open = True
             _log.info("all agents are READY: sources may speak")
-            for name, (beat, _) in self._beats.items():
-                if beat.sources == "waiting":
-                    self._listener.open_gate(name)
+            for beat, _ in self._beats.values():
+                self._open_gate(beat)
 
     def _sightings(self, now_s: float) -> dict[str, Sighting]:
         sightings: dict[str, Sighting] = {}
@@ -170,21 +191,24 @@ class Monitor:
         return sightings
 
     def _sighting(self, program: ProcessInfo, since_s: float) -> Sighting:
-        beat, heard_s = self._beats.get(program.name, (None, 0.0))
-        # A beat of another pid was sent by the process that was replaced
-        mine = beat is not None and beat.pid == program.pid
+        beat, heard_s = self._beats.get((program.name, program.pid), (None, 0.0))
         state, traced = "S", False
-        if time.monotonic() - max(heard_s if mine else 0.0, since_s) > self._config.suspect_s:
+        if time.monotonic() - max(heard_s, since_s) > self._config.suspect_s:
             state, traced = _process_state(program.pid)
         return Sighting(
             pid=program.pid,
             since_s=since_s,
-            beat_s=heard_s if mine else None,
-            state=beat.state if mine and beat is not None else "starting",
-            needs_restart=mine and beat is not None and beat.needs_restart,
+            beat_s=heard_s if beat is not None else None,
+            state=beat.state if beat is not None else "starting",
+            needs_restart=beat is not None and beat.needs_restart,
             process_state=state,
             traced=traced,
         )
+
+    def _count_rejected(self) -> None:
+        if self._listener.rejected:
+            self._ledger.count("rejected_beats", self._listener.rejected)
+            self._listener.rejected = 0
 
     def _tell(self, sightings: dict[str, Sighting], now_s: float) -> None:
         for name, seen in sightings.items():

@@ -110,6 +110,29 @@ def test_too_many_items_are_refused() -> None:
     assert decoded.rejected[0][0] == "too_many_items"
 
 
+@pytest.mark.parametrize("attribute", [b'"time"', b'"expirytime"'])
+def test_a_moment_without_a_zone_is_refused(attribute: bytes) -> None:
+    """Nobody could compare it with now."""
+    naive = GOLDEN_JSON[:-1] + b"," + attribute + b':"0001-01-01T00:00:00"}'
+
+    with pytest.raises(FrameError, match="timezone"):
+        codec.decode_frame(TOPIC, naive)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "first"), [(7, 0), (7, 2**48), (7, 2**64 - 1), (2**63, 1), (2**64 - 1, 1)]
+)
+def test_numbers_that_nobody_gives_are_refused(epoch: int, first: int) -> None:
+    numbers = epoch.to_bytes(8, "big") + first.to_bytes(8, "big") + b"\x00\x01"
+    frame = codec.batch_prefix("feed") + numbers + b"\xdd\x00\x00\x00\x01" + GOLDEN_EVENT
+    in_json = GOLDEN_JSON.replace(b'"sequence":8,"epoch":7', b'"sequence":%d,"epoch":%d')
+
+    for each in (frame, in_json % (first, epoch)):
+        with pytest.raises(FrameError) as caught:
+            codec.decode_frame(TOPIC, each)
+        assert caught.value.reason == "invalid"
+
+
 @settings(max_examples=300)
 @given(st.binary(max_size=300))
 def test_random_bytes_never_raise_anything_else(frame: bytes) -> None:

@@ -16,6 +16,7 @@ from mesh import (
     HandlerPriority,
     InMemoryMessageBroker,
     PublisherConfig,
+    codec,
     on,
 )
 from mesh.ledger import Ledger, account, view_of
@@ -56,6 +57,63 @@ async def say(publisher: EventPublisher, *numbers: int) -> None:
     for number in numbers:
         await publisher.publish("t.x", {"n": number})
     await publisher.flush()
+
+
+def claim(publisher: str, epoch: int, first: int) -> bytes:
+    """Make a frame of one event with the numbers of one's choice."""
+    event = Event("t.x", {"n": 1}, publisher)
+    return codec.encode_batch(codec.batch_prefix(publisher), epoch, first, [event])
+
+
+async def test_claimed_losses_add_up_to_what_a_counter_holds() -> None:
+    """Whatever frames claim, counting goes on, and a beat can carry the sum."""
+    broker = InMemoryMessageBroker()
+    consumer, heard = await consume(broker)
+    begin = 2**62
+
+    for number in range(100):
+        consumer.receive("t.x", claim("liar", begin + number, codec.MAX_SEQUENCE - 2))
+    await consumer.drained()
+
+    assert heard == [1] * 100
+    assert consumer.ledger.lost() == codec.MAX_SEQUENCE
+    await consumer.stop()
+
+
+async def test_thousands_of_publishers_leave_room_for_the_agents_own_counts() -> None:
+    broker = InMemoryMessageBroker()
+    consumer, heard = await consume(broker)
+
+    for number in range(5000):
+        consumer.receive("t.x", claim(f"p{number}", 1, 1))
+        await consumer.drained()
+    consumer.ledger.count("a reason of its own")
+
+    assert len(heard) == 5000
+    assert consumer.unsettled() == 0
+    assert sum(each.received for each in view_of("ear", consumer.ledger).in_.values()) == 5000
+    assert consumer.ledger.counts() == {"a reason of its own": 1}
+    await consumer.stop()
+
+
+async def test_every_frame_and_event_is_accounted_for() -> None:
+    broker = InMemoryMessageBroker()
+    consumer, heard = await consume(broker)
+    good = claim("p", 1, 1)
+
+    for frame in (good, b"nonsense", b"{}", b"\x80", good[:-3]):
+        consumer.receive("t.x", frame)
+    await consumer.drained()
+
+    view = view_of("ear", consumer.ledger)
+    assert (view.frames, view.rejected_frames) == (5, 3)
+    assert view.dropped == {"undecodable": 2, "invalid": 2}
+    # The map without attributes was an event in a sound frame
+    assert sum(each.received for each in view.in_.values()) == sum(
+        each.settled for each in view.in_.values()
+    )
+    assert heard == [1]
+    await consumer.stop()
 
 
 async def test_every_lost_event_is_counted() -> None:
