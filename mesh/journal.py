@@ -1,13 +1,13 @@
 """
-The contract of durable delivery: what was appended is handed to every group until it is settled.
+The contract of durable delivery: what was appended goes to every group until it is settled.
 
-A *group* is an agent's name; its *consumers* are the agent's replicas (usually one). Engines live in
-`mesh.journals`; each passes the same suite (tests/contract) as far as its `features` go.
+A *group* is an agent's name; its *consumers* are the agent's replicas (usually one). Engines live
+in `mesh.journals`; each passes the same suite (tests/contract) as far as its `features` go.
 
 **Order.** Every event belongs to one of `PARTITIONS` partitions, by its key (by its id when it has
-none). A partition of a group belongs to one consumer at a time, which gets the partition's events in
-the order of their appending: so a key is never handled twice at once, and keeps its order over any
-number of replicas. Partitions move when a consumer joins, leaves, or dies.
+none). A partition of a group belongs to one consumer at a time, which gets the partition's events
+in the order of their appending: so a key is never handled twice at once, and keeps its order over
+any number of replicas. Partitions move when a consumer joins, leaves, or dies.
 
 **At least once.** What a consumer was handed stays its own until a `Step` settles it, it is given
 back, or the consumer's lease ends. Whoever takes it over gets such events alone, one a `read`, with
@@ -145,6 +145,21 @@ class DeadQuery:
     #: The start of the error's words.
     error: str | None = None
 
+    def chooses(self, letter: DeadLetter) -> bool:
+        """Say whether a letter is meant."""
+        return (
+            (self.ids is None or letter.id in self.ids)
+            and (self.topic is None or letter.topic == self.topic)
+            and (self.agent is None or letter.agent == self.agent)
+            and (self.handler is None or letter.handler == self.handler)
+            and (self.reason is None or letter.reason == self.reason)
+            and (self.error is None or letter.error.startswith(self.error))
+        )
+
+
+#: Chooses every dead letter.
+ALL_DEAD = DeadQuery()
+
 
 class Journal(ABC):
     """
@@ -159,8 +174,8 @@ class Journal(ABC):
     fabric: ClassVar[str]
     features: ClassVar[frozenset[Feature]]
 
-    #: Called (on the loop) with the topics of what was just appended here, so that whoever joins the
-    #: parts can wake the readers of other processes. Readers of this process wake by themselves.
+    #: Called (on the loop) with the topics of what was just appended or freed here, so that whoever
+    #: joins the parts can wake the readers of other processes. Readers here wake by themselves.
     on_append: Callable[[Collection[str]], None] | None = None
 
     @abstractmethod
@@ -178,9 +193,7 @@ class Journal(ABC):
         """Leave; can be called twice. What consumers of this journal hold is given back."""
 
     @abstractmethod
-    async def declare(
-        self, group: str, topics: Collection[str], *, start: str = "now"
-    ) -> None:
+    async def declare(self, group: str, topics: Collection[str], *, start: str = "now") -> None:
         """
         Make a group hear topics. Those it hears already keep their place.
 
@@ -212,6 +225,10 @@ class Journal(ABC):
                 over what that one held.
             limit: At most so many, and never more than `MAX_UNSETTLED` in all.
             wait_s: Wait so long for the first; woken by `append`, `wake` and freed partitions.
+
+        Raises:
+            ConfigurationError: The group was never declared.
+            ClosedError: A successor of the same name has joined through another journal.
         """
 
     @abstractmethod
@@ -258,11 +275,13 @@ class Journal(ABC):
         """Keep dead letters that belong to no step: of live events, broken frames, publishes."""
 
     @abstractmethod
-    async def dead(self, query: DeadQuery = DeadQuery(), limit: int = 1000) -> list[DeadLetter]:  # noqa: B008 - immutable
+    async def dead(self, query: DeadQuery = ALL_DEAD, limit: int = 1000) -> list[DeadLetter]:
         """Give dead letters, the newest first."""
 
     @abstractmethod
-    async def count_dead(self, query: DeadQuery = DeadQuery()) -> Mapping[tuple[str, str, str, str], int]:  # noqa: B008 - immutable
+    async def count_dead(
+        self, query: DeadQuery = ALL_DEAD
+    ) -> Mapping[tuple[str, str, str, str], int]:
         """Count dead letters by (agent, handler or "", reason, error's first line)."""
 
     @abstractmethod
@@ -275,7 +294,11 @@ class Journal(ABC):
 
     @abstractmethod
     async def scan(
-        self, topics: Collection[str] | None = None, *, after: int | str | None = None, limit: int = 1000
+        self,
+        topics: Collection[str] | None = None,
+        *,
+        after: int | str | None = None,
+        limit: int = 1000,
     ) -> list[Stored]:
         """Give kept events, settled or not, the oldest first."""
 
