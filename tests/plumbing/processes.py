@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -50,14 +50,26 @@ class Process:
         return f"{self.pid}: {self.command}"
 
 
+@overload
 async def eventually(
-    condition: Callable[[], Value | Awaitable[Value]], *, within_s: float = 10.0, what: str = ""
-) -> Value:
+    condition: Callable[[], Awaitable[Value]], *, within_s: float = ..., what: str = ...
+) -> Value: ...
+
+
+@overload
+async def eventually(
+    condition: Callable[[], Value], *, within_s: float = ..., what: str = ...
+) -> Value: ...
+
+
+async def eventually(
+    condition: Callable[[], Any], *, within_s: float = 10.0, what: str = ""
+) -> Any:
     """Wait until `condition`, a plain or a coroutine function, gives something true; return it."""
     ends = time.monotonic() + within_s
     while True:
         outcome = condition()
-        value: Value = await outcome if inspect.isawaitable(outcome) else outcome
+        value = await outcome if inspect.isawaitable(outcome) else outcome
         if value:
             return value
         if time.monotonic() > ends:
