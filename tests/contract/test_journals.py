@@ -13,6 +13,7 @@ from mesh.journal import MAX_UNSETTLED, PARTITIONS, DeadQuery, Record, Step, par
 from tests.plumbing.journals import (
     JournalFabric,
     MemoryFabric,
+    SQLiteFabric,
     drain,
     ids,
     letter,
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from mesh.journal import Delivery, Journal
 
 
-@pytest.fixture(params=["memory"])
+@pytest.fixture(params=["memory", "sqlite"])
 async def fabric(request: pytest.FixtureRequest, rundir: Path) -> AsyncIterator[JournalFabric]:
-    made: JournalFabric = MemoryFabric()
+    made: JournalFabric = (
+        MemoryFabric() if request.param == "memory" else SQLiteFabric(rundir / "journal.db")
+    )
     yield made
     await made.close()
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from mesh.deadletters import DeadLetter
 from mesh.journal import LEASE_S, PARTITIONS, Delivery, Journal, Record, Step, partition_of
 from mesh.journals.memory import MemoryJournal, MemoryStore
+from mesh.journals.sqlite import SQLiteJournal
 from mesh.testing import FakeClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 
 class JournalFabric(ABC):
@@ -47,6 +49,19 @@ class MemoryFabric(JournalFabric):
 
     def make(self) -> Journal:
         return MemoryJournal(self._store)
+
+    async def let_leases_end(self) -> None:
+        await self._clock.advance(LEASE_S + 1)
+
+
+class SQLiteFabric(JournalFabric):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._clock = FakeClock()
+        self._path = path
+
+    def make(self) -> Journal:
+        return SQLiteJournal(self._path, clock=self._clock)
 
     async def let_leases_end(self) -> None:
         await self._clock.advance(LEASE_S + 1)
