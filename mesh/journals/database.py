@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sqlite3
+import stat
 import time
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -169,13 +171,16 @@ class Database:
         return BrokerUnavailableError(f"{where} failed: {error}; see the disk's own log")
 
     def _make_private(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(self.path, flags, 0o600)
-        try:
-            os.fchmod(descriptor, 0o600)
-            found = os.fstat(descriptor)
-        finally:
-            os.close(descriptor)
+        # Never by opening it: closing any descriptor of the file takes away the locks that SQLite
+        # holds on it in this process, and another process would then fold in a log still in use
+        with contextlib.suppress(FileExistsError):
+            os.mknod(self.path, stat.S_IFREG | 0o600)
+        found = self.path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigurationError(
+                f"the journal {self.path} is no regular file; give it a path of its own"
+            )
+        self.path.chmod(0o600)
         self._file = (found.st_dev, found.st_ino)
 
     def _require_same_file(self) -> None:

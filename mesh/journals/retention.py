@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mesh.journals.transaction import Transaction
 
 _BATCH = 500
-_FREED_PAGES = 2000
+_FREED_PAGES = 4000
 # What an event takes beside its frame, in the table and its indexes
 _ROW_BYTES = 100
 
@@ -54,7 +54,7 @@ class Sweep:
                 gone.append((seq,))
                 excess -= size + _ROW_BYTES
         tx.delete_events(gone)
-        tx.run(f"PRAGMA incremental_vacuum({_FREED_PAGES})").fetchall()
+        tx.give_pages_back(_FREED_PAGES)
         self.gone += len(gone)
 
 

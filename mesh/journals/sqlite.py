@@ -86,7 +86,7 @@ class SQLiteJournal(LocalJournal):
         self._names = Names()
         self._consumers: dict[tuple[str, str], Consumer] = {}
         self._queued_bytes = 0
-        self._queue_for_room: deque[asyncio.Future[None]] = deque()
+        self._queue_for_room: deque[asyncio.Event] = deque()
         self._writer: DatabaseThread
         self._reader: DatabaseThread
 
@@ -327,12 +327,13 @@ class SQLiteJournal(LocalJournal):
         """Wait in line until the writer's queue has room; whatever its size, one job may wait."""
         if not self._queue_for_room and self._has_room(weight_bytes):
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn = asyncio.Event()
         self._queue_for_room.append(turn)
         try:
             async with asyncio.timeout(self._timeout_s):
                 while self._queue_for_room[0] is not turn or not self._has_room(weight_bytes):
-                    await asyncio.shield(turn)
+                    turn.clear()
+                    await turn.wait()
         except TimeoutError:
             raise BackpressureError(
                 f"the journal {self._path} took nothing for {self._timeout_s:g} s:"
@@ -347,8 +348,8 @@ class SQLiteJournal(LocalJournal):
         return not queued or queued + weight_bytes <= self._max_queued_bytes
 
     def _let_next_in(self) -> None:
-        if self._queue_for_room and not self._queue_for_room[0].done():
-            self._queue_for_room[0].set_result(None)
+        if self._queue_for_room:
+            self._queue_for_room[0].set()
 
     def _deliver(self, jobs: list[Job], topics: tuple[set[str], set[str]] | None) -> None:
         for job in jobs:

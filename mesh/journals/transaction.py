@@ -7,6 +7,8 @@ processes wait for the transaction's end.
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,6 @@ from mesh.errors import ConfigurationError
 from mesh.journal import PARTITIONS
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from mesh.deadletters import DeadLetter
@@ -128,6 +129,17 @@ class Transaction:
     def delete_events(self, seqs: Sequence[tuple[int]]) -> None:
         """Forget events."""
         self._connection.executemany("DELETE FROM events WHERE seq = ?", seqs)
+
+    def give_pages_back(self, count: int) -> None:
+        """Make the file shorter by pages that hold nothing, once the transaction is over."""
+
+        def shorten() -> None:
+            # A script, because `execute` stops after the first page; what another process's
+            # transaction prevents is done the next time
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._connection.executescript(f"PRAGMA incremental_vacuum({count})")
+
+        self.after.append(shorten)
 
     # -- names and groups ----------------------------------------------------------------------
 
