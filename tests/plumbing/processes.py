@@ -73,9 +73,7 @@ async def eventually(
         if value:
             return value
         if time.monotonic() > ends:
-            raise AssertionError(
-                f"not within {within_s:g} s: {what or inspect.getsource(condition)}"
-            )
+            raise AssertionError(f"not within {within_s:g} s: {what or _words_of(condition)}")
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
@@ -84,11 +82,13 @@ def wait_until(condition: Callable[[], Value], *, within_s: float = 10.0, what: 
     ends = time.monotonic() + within_s
     while not (value := condition()):
         if time.monotonic() > ends:
-            raise AssertionError(
-                f"not within {within_s:g} s: {what or inspect.getsource(condition)}"
-            )
+            raise AssertionError(f"not within {within_s:g} s: {what or _words_of(condition)}")
         time.sleep(_LOOK_EVERY_S)
     return value
+
+
+def _words_of(condition: Callable[[], object]) -> str:
+    return inspect.getsource(condition) if inspect.isfunction(condition) else repr(condition)
 
 
 def environment(**changes: str | None) -> dict[str, str]:

@@ -1,0 +1,219 @@
+"""What a journal on SQLite remembers of a consumer of its own process."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+#: (topic, partition) by their numbers.
+Place = tuple[int, int]
+#: (seq, place)
+Spot = tuple[int, Place]
+
+
+@dataclass(slots=True)
+class Holding:
+    """What a consumer owns, as one transaction found it."""
+
+    version: int
+    #: It became a member, so it holds nothing from before.
+    fresh: bool
+    lease_until_ms: int
+    topics: dict[int, str]
+    owned: frozenset[int]
+    #: Another's by right: nothing more is read of them, and they go when they are empty.
+    surplus: frozenset[int]
+    cursors: dict[Place, int]
+    acked: dict[Place, set[int]]
+    done: dict[int, set[str]]
+    #: What a lost consumer may have been handed, the oldest first.
+    suspects: list[Spot]
+    #: Suspects whose handings-out are counted in the file.
+    counted: set[int]
+
+
+@dataclass(slots=True)
+class Moves:
+    """What settling some events changes in the file."""
+
+    cursors: dict[Place, int] = field(default_factory=dict)
+    #: Settled before something older of their place.
+    acked: list[Spot] = field(default_factory=list)
+    #: Places with such events that the cursor has passed by now.
+    passed: set[Place] = field(default_factory=set)
+
+
+class Consumer:
+    """
+    One consumer. Its two threads meet here: the reader adds, the writer takes away.
+
+    Everything below `lock` is read and changed while it is held.
+
+    Args:
+        group: Its group's name.
+        name: Its own.
+    """
+
+    def __init__(self, group: str, name: str) -> None:
+        """Own nothing."""
+        self.group = group
+        self.name = name
+        #: One read at a time.
+        self.reading = asyncio.Lock()
+        self.lock = threading.Lock()
+        self.holding: Holding | None = None
+        #: Tells it from others of its name, before and after.
+        self.incarnation = secrets.randbits(62)
+        self.was_member = False
+        #: What it holds must be looked up anew before the next read.
+        self.stale = True
+        #: Changes whenever reading must begin elsewhere; a read begun before is thrown away.
+        self.turn = 0
+        #: All up to here was handed out or passed over, by topic.
+        self.positions: dict[int, int] = {}
+        self.held: dict[int, Place] = {}
+        self.alone: int | None = None
+        #: A read waits for something to be settled.
+        self.blocked = False
+
+    def take(self, holding: Holding) -> None:
+        """Go on with what a transaction found."""
+        with self.lock:
+            if holding.fresh:
+                self.held.clear()
+            self.holding, self.was_member = holding, True
+            self._keep_only(holding.owned)
+            self.stale = self._is_drained(holding)
+            self._begin_anew()
+
+    def lose(self, partitions: Collection[int]) -> None:
+        """Forget what another consumer owns by now."""
+        with self.lock:
+            if self.holding is not None:
+                self.holding.owned -= frozenset(partitions)
+                self._keep_only(self.holding.owned)
+            self.stale = True
+            self.turn += 1
+
+    def forget(self) -> None:
+        """Own nothing any more."""
+        with self.lock:
+            self.holding, self.stale = None, True
+            self.held.clear()
+            self.alone = None
+            self.turn += 1
+
+    def give_back(self, seqs: Iterable[int]) -> None:
+        """Take events back that were handed out and not handled."""
+        with self.lock:
+            for seq in seqs:
+                if place := self.held.pop(seq, None):
+                    topic = place[0]
+                    self.positions[topic] = min(self.positions.get(topic, 0), seq - 1)
+                if seq == self.alone:
+                    self.alone = None
+            self.turn += 1
+            if self.holding is not None:
+                self.stale |= self._is_drained(self.holding)
+
+    def moves(self, settled: Collection[int]) -> Moves:
+        """Work out how far the cursors go when these are settled."""
+        moves = Moves()
+        with self.lock:
+            if self.holding is None:
+                return moves
+            lowest: dict[Place, int] = {}
+            for seq, place in [*self.held.items(), *self.holding.suspects]:
+                if seq not in settled and seq < lowest.get(place, seq + 1):
+                    lowest[place] = seq
+            by_place: dict[Place, list[int]] = {}
+            for seq in settled:
+                by_place.setdefault(self.held[seq], []).append(seq)
+            for place, seqs in by_place.items():
+                early = self.holding.acked.get(place, set())
+                if place in lowest:
+                    cursor = lowest[place] - 1
+                else:
+                    cursor = max(*seqs, *early, self.holding.cursors[place])
+                moves.cursors[place] = cursor
+                moves.acked += [(seq, place) for seq in seqs if seq > cursor]
+                if any(seq <= cursor for seq in early):
+                    moves.passed.add(place)
+        return moves
+
+    def settle(self, settled: Collection[int], moves: Moves) -> bool:
+        """Let go of what a transaction settled; says whether a waiting read should look again."""
+        with self.lock:
+            holding = self.holding
+            if holding is None:
+                return True
+            for seq in settled:
+                self.held.pop(seq, None)
+                holding.done.pop(seq, None)
+                holding.counted.discard(seq)
+                if seq == self.alone:
+                    self.alone = None
+            if holding.suspects:
+                holding.suspects = [spot for spot in holding.suspects if spot[0] not in settled]
+            self._move(holding, moves)
+            self.stale |= self._is_drained(holding)
+            return self.blocked or self.stale
+
+    def sweep(self) -> Moves:
+        """Work out how far cursors go over events of other partitions."""
+        moves = Moves()
+        with self.lock:
+            holding = self.holding
+            if holding is None or self.stale or holding.suspects:
+                return moves
+            busy = {
+                *self.held.values(),
+                *(place for place, early in holding.acked.items() if early),
+            }
+            for place, cursor in holding.cursors.items():
+                position = self.positions.get(place[0], 0)
+                if place[1] not in holding.surplus and place not in busy and position > cursor:
+                    moves.cursors[place] = position
+        return moves
+
+    def swept(self, moves: Moves) -> None:
+        """Go on behind the cursors that `sweep` gave, once they are kept."""
+        with self.lock:
+            if self.holding is not None:
+                self._move(self.holding, moves)
+
+    def _move(self, holding: Holding, moves: Moves) -> None:
+        for place, cursor in moves.cursors.items():
+            if cursor > holding.cursors.get(place, cursor):
+                holding.cursors[place] = cursor
+        for place in moves.passed:
+            holding.acked[place] = {
+                seq for seq in holding.acked[place] if seq > holding.cursors[place]
+            }
+        for seq, place in moves.acked:
+            holding.acked.setdefault(place, set()).add(seq)
+
+    def _keep_only(self, owned: frozenset[int]) -> None:
+        self.held = {seq: place for seq, place in self.held.items() if place[1] in owned}
+        if self.alone not in self.held:
+            self.alone = None
+
+    def _is_drained(self, holding: Holding) -> bool:
+        """Say whether a surplus partition can go."""
+        if not holding.surplus:
+            return False
+        return not holding.surplus <= {place[1] for place in self.held.values()}
+
+    def _begin_anew(self) -> None:
+        """Read from the cursors on; what is held or settled beyond them is passed over."""
+        self.turn += 1
+        self.positions = {}
+        if self.holding is not None:
+            for (topic, _), cursor in self.holding.cursors.items():
+                self.positions[topic] = min(self.positions.get(topic, cursor), cursor)

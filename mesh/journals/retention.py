@@ -1,0 +1,78 @@
+"""Forgets old events of the SQLite journal, a few at a time, so that nobody waits for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mesh.journals.views import merged
+
+if TYPE_CHECKING:
+    from mesh.journals.transaction import Transaction
+
+_BATCH = 500
+_FREED_PAGES = 4000
+# What an event takes beside its frame, in the table and its indexes
+_ROW_BYTES = 100
+
+
+@dataclass(slots=True)
+class Sweep:
+    """One `trim`, over several transactions."""
+
+    #: Forget what is older, in milliseconds since 1970.
+    before_ms: int | None
+    #: Forget the oldest until the file is smaller.
+    max_bytes: int | None
+    gone: int = 0
+    finished: bool = False
+    #: Looked at already, by topic.
+    reached: dict[int, int] = field(default_factory=dict)
+
+    def forget_some(self, tx: Transaction) -> None:
+        """Forget the next few events."""
+        tx.flush()
+        excess = 0 if self.max_bytes is None else _used_bytes(tx) - self.max_bytes
+        settled, ends = _settled_up_to(tx)
+        topics = [topic for (topic,) in tx.run("SELECT id FROM topics")]
+        rows: list[tuple[int, int, int, int, int]] = []
+        if topics and (excess > 0 or self.before_ms is not None):
+            places = [value for topic in topics for value in (topic, self.reached.get(topic, 0))]
+            rows = tx.run(
+                merged("seq, topic, partition, at_ms, length(frame)", len(topics)),
+                [*places, _BATCH],
+            ).fetchall()
+        gone = []
+        self.finished = len(rows) < _BATCH
+        for seq, topic, partition, at_ms, size in rows:
+            if excess <= 0 and (self.before_ms is None or at_ms >= self.before_ms):
+                self.finished = True
+                break
+            # Behind the furthest cursor there is nothing to forget, however much there is
+            self.reached[topic] = seq if seq < ends.get(topic, seq + 1) else 2**62
+            if seq <= settled.get((topic, partition), seq):
+                gone.append((seq,))
+                excess -= size + _ROW_BYTES
+        tx.delete_events(gone)
+        tx.give_pages_back(_FREED_PAGES)
+        self.gone += len(gone)
+
+
+def _settled_up_to(tx: Transaction) -> tuple[dict[tuple[int, int], int], dict[int, int]]:
+    """Tell how far all groups are: by (topic, partition), and at most by topic."""
+    settled: dict[tuple[int, int], int] = {}
+    ends: dict[int, int] = {}
+    for topic, partition, seq in tx.run(
+        "SELECT topic, partition, min(seq) FROM cursors GROUP BY topic, partition"
+    ):
+        settled[topic, partition] = seq
+        ends[topic] = max(seq, ends.get(topic, 0))
+    return settled, ends
+
+
+def _used_bytes(tx: Transaction) -> int:
+    pages, free, size = (
+        int(tx.run(f"PRAGMA {name}").fetchone()[0])
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return (pages - free) * size

@@ -1,0 +1,423 @@
+"""
+Durable delivery between the processes of one host: a SQLite file in WAL mode, nothing to install.
+
+The loop never touches the file. One thread writes: what all tasks of the process want written while
+it is busy goes into its next transaction. One thread reads, beside it. What one process commits the
+others see at their next look, for which `wake` (or a second) calls them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mesh.clock import SYSTEM_CLOCK
+from mesh.errors import BackpressureError, ConfigurationError, MeshError
+from mesh.journal import ALL_DEAD, LEASE_S, MAX_UNSETTLED, DeadQuery, Delivery, Feature
+from mesh.journals import membership, views
+from mesh.journals.consumers import Consumer
+from mesh.journals.database import Database
+from mesh.journals.local import LocalJournal
+from mesh.journals.retention import Sweep
+from mesh.journals.threads import DatabaseThread, Job
+from mesh.journals.transaction import Inserted, Names, Transaction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+    from pathlib import Path
+
+    from mesh.clock import Clock
+    from mesh.deadletters import DeadLetter
+    from mesh.journal import GroupView, Record, Step, Stored
+    from mesh.journals.database import Synchronous
+
+#: What may wait for the writer; then `append` and `commit` wait, and at last refuse.
+MAX_QUEUED_BYTES = 32 * 1024 * 1024
+#: How long they wait, and how long other processes may hold the file.
+TIMEOUT_S = 10.0
+# A record's own weight beside its frame
+_RECORD_BYTES = 300
+
+
+class SQLiteJournal(LocalJournal):
+    """
+    Durable delivery on one host.
+
+    Args:
+        path: The file of the mesh; made with mode 0600, ``-wal`` and ``-shm`` appear beside it.
+        synchronous: NORMAL keeps what was accepted through the death of any process; FULL through
+            a power cut as well, at the price of an fsync a transaction.
+        lease_s: How long a silent consumer keeps what it owns.
+        timeout_s: How long to wait for a busy writer or a locked file.
+        max_queued_bytes: How much may wait for the writer.
+        clock: Where time comes from; asked in other threads.
+    """
+
+    fabric: ClassVar[str] = "zmq"
+    features: ClassVar[frozenset[Feature]] = frozenset(
+        {Feature.PERSISTENT, Feature.SHARED, Feature.ATOMIC}
+    )
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        synchronous: Synchronous = "NORMAL",
+        lease_s: float = LEASE_S,
+        timeout_s: float = TIMEOUT_S,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        """Touch nothing."""
+        if synchronous not in {"NORMAL", "FULL"}:
+            raise ConfigurationError(
+                f"synchronous={synchronous!r} of the journal {path}: use NORMAL or FULL"
+            )
+        super().__init__()
+        self._path = path
+        self._synchronous = synchronous
+        self._lease_ms = int(lease_s * 1000)
+        self._timeout_s = timeout_s
+        self._max_queued_bytes = max_queued_bytes
+        self._clock = clock
+        self._names = Names()
+        self._consumers: dict[tuple[str, str], Consumer] = {}
+        self._queued_bytes = 0
+        self._queue_for_room: deque[asyncio.Event] = deque()
+        self._writer: DatabaseThread
+        self._reader: DatabaseThread
+
+    async def connect(self) -> None:
+        """Open the file, or make it."""
+        if self._closed:
+            self._require_open()
+        if self._connected:
+            return
+        writer = self._thread("journal-writer", self._write)
+        await writer.start()
+        reader = self._thread("journal-reader", self._read)
+        try:
+            await reader.start()
+        except MeshError:
+            await writer.stop()
+            raise
+        self._writer, self._reader = writer, reader
+        self._connected = True
+
+    async def close(self) -> None:
+        """Let this journal's consumers leave, write what is queued and end the threads."""
+        if self._closed:
+            return
+        self._closed = True
+        self._bells.ring()
+        if not self._connected:
+            return
+        leaving = [
+            self._submit(partial(membership.leave, consumer=each))
+            for each in self._consumers.values()
+        ]
+        await asyncio.gather(*leaving, return_exceptions=True)
+        await self._reader.stop()
+        await self._writer.stop()
+
+    async def declare(self, group: str, topics: Collection[str], *, start: str = "now") -> None:
+        """Make a group hear topics."""
+        if start not in {"now", "earliest"}:
+            raise ConfigurationError(f"start={start!r} of group {group!r}: use 'now' or 'earliest'")
+        chosen = list(topics)
+        await self._do(lambda tx: tx.declare(group, chosen, start))
+        self._bells.ring()
+
+    async def append(self, records: Sequence[Record]) -> int:
+        """Keep events; returns when they are in the file."""
+        self._require_open()
+        if not records:
+            return 0
+        weight = sum(len(record.frame) for record in records) + _RECORD_BYTES * len(records)
+        await self._wait_for_room(weight)
+        inserted: Inserted = await self._do(lambda tx: tx.insert(records), weight)
+        return inserted.new
+
+    async def commit(self, group: str, consumer: str, steps: Sequence[Step]) -> list[Step]:
+        """Apply steps; those of all tasks of this process may share a transaction."""
+        self._require_open()
+        me = self._consumers.get((group, consumer))
+        weight = sum(len(record.frame) + _RECORD_BYTES for step in steps for record in step.records)
+        if weight:
+            await self._wait_for_room(weight)
+        refused: list[Step] = await self._do(lambda tx: tx.commit(group, me, steps), weight)
+        return refused
+
+    async def release(self, group: str, consumer: str, deliveries: Iterable[Delivery]) -> None:
+        """Give unhandled events back."""
+        seqs = [int(delivery.position) for delivery in deliveries]
+        if me := self._consumers.get((group, consumer)):
+            await self._do(lambda tx: membership.release(tx, me, seqs))
+
+    async def renew(self, group: str, consumer: str) -> None:
+        """Prolong the lease of a consumer of this journal."""
+        if me := self._consumers.get((group, consumer)):
+            await self._do(lambda tx: membership.renew(tx, me, self._lease_ms))
+
+    async def leave(self, group: str, consumer: str) -> None:
+        """End a consumer of this journal in good order."""
+        if me := self._consumers.pop((group, consumer), None):
+            await self._do(lambda tx: membership.leave(tx, me))
+
+    async def free(self, group: str, consumer: str) -> None:
+        """Take everything from a dead consumer, of whichever process."""
+        await self._do(lambda tx: membership.free(tx, group, consumer))
+
+    async def load_state(self, group: str) -> dict[str, bytes]:
+        """Give the state of a group."""
+        state: dict[str, bytes] = await self._ask(
+            lambda database: views.load_state(database.connection, group)
+        )
+        return state
+
+    async def bury(self, letters: Sequence[DeadLetter]) -> None:
+        """Keep dead letters."""
+        await self._do(lambda tx: tx.bury(letters))
+
+    async def dead(self, query: DeadQuery = ALL_DEAD, limit: int = 1000) -> list[DeadLetter]:
+        """Give dead letters, the newest first."""
+        letters: list[DeadLetter] = await self._ask(
+            lambda database: views.dead(database.connection, query, limit)
+        )
+        return letters
+
+    async def count_dead(
+        self, query: DeadQuery = ALL_DEAD
+    ) -> Mapping[tuple[str, str, str, str], int]:
+        """Count dead letters."""
+        counts: dict[tuple[str, str, str, str], int] = await self._ask(
+            lambda database: views.count_dead(database.connection, query)
+        )
+        return counts
+
+    async def exhume(self, ids: Collection[str]) -> int:
+        """Remove dead letters."""
+        chosen = list(ids)
+        count: int = await self._do(lambda tx: tx.exhume(chosen))
+        return count
+
+    async def groups(self) -> list[GroupView]:
+        """Count what is not settled; reads the index over the whole backlog."""
+        now_ms = int(self._clock.time_s() * 1000)
+        found: list[GroupView] = await self._ask(
+            lambda database: views.group_views(database.connection, now_ms)
+        )
+        return found
+
+    async def scan(
+        self,
+        topics: Collection[str] | None = None,
+        *,
+        after: int | str | None = None,
+        limit: int = 1000,
+    ) -> list[Stored]:
+        """Give kept events."""
+        chosen = None if topics is None else frozenset(topics)
+        found: list[Stored] = await self._ask(
+            lambda database: views.scan(database.connection, chosen, int(after or 0), limit)
+        )
+        return found
+
+    async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:
+        """Forget settled events, in small transactions; their ids are forgotten as well."""
+        before_s = None if max_age_s is None else self._clock.time_s() - max_age_s
+        sweep = Sweep(None if before_s is None else int(before_s * 1000), max_bytes)
+        while not sweep.finished:
+            await self._do(sweep.forget_some)
+        return sweep.gone
+
+    # -- reading -------------------------------------------------------------------------------
+
+    async def _look(self, group: str, consumer: str, limit: int) -> list[Delivery]:
+        me = self._consumers.get((group, consumer))
+        if me is None:
+            me = self._consumers[group, consumer] = Consumer(group, consumer)
+        async with me.reading:
+            for _ in range(3):  # when the group changes under it; then at the next look
+                if me.stale or self._is_lease_half_over(me):
+                    await self._do(lambda tx: membership.join(tx, me, self._lease_ms))
+                holding = me.holding
+                if holding is None or limit <= 0:
+                    return []
+                me.blocked = me.alone is not None or len(me.held) >= MAX_UNSETTLED
+                if me.blocked:
+                    return []
+                if any(place[1] not in holding.surplus for _, place in holding.suspects):
+                    handed = await self._hand_out_suspect(me)
+                else:
+                    handed = await self._hand_out(me, limit)
+                if handed or not me.stale:
+                    return handed
+        return []
+
+    def _heard(self, group: str) -> Set[str] | None:
+        for consumer in self._consumers.values():
+            if consumer.group == group and consumer.holding is not None:
+                return set(consumer.holding.topics.values())
+        return None
+
+    async def _hand_out(self, me: Consumer, limit: int) -> list[Delivery]:
+        mono_ms = int(self._clock.mono_s() * 1000)
+        future = self._put(
+            self._reader,
+            lambda database: views.hand_out(
+                database.connection, me, limit, mono_ms, self._lease_ms
+            ),
+        )
+        try:
+            handed: list[Delivery] = await asyncio.shield(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(partial(_take_back, me))
+            raise
+        return handed
+
+    async def _hand_out_suspect(self, me: Consumer) -> list[Delivery]:
+        future = self._submit(lambda tx: membership.hand_out_suspect(tx, me))
+        try:
+            handed: Delivery | None = await asyncio.shield(future)
+        except asyncio.CancelledError:
+            # Behind it in the queue, so that the count is taken back as well
+            self._submit(lambda tx: membership.release_alone(tx, me))
+            raise
+        return [] if handed is None else [handed]
+
+    def _is_lease_half_over(self, me: Consumer) -> bool:
+        if me.holding is None:
+            return True
+        return me.holding.lease_until_ms - self._clock.mono_s() * 1000 < self._lease_ms / 2
+
+    # -- threads -------------------------------------------------------------------------------
+
+    def _thread(self, name: str, perform: Callable[[Database, list[Job]], Any]) -> DatabaseThread:
+        database = Database(self._path, self._synchronous, self._timeout_s)
+        return DatabaseThread(name, database, perform, self._deliver)
+
+    async def _do(self, work: Callable[[Transaction], Any], weight_bytes: int = 0) -> Any:
+        self._require_open()
+        return await asyncio.shield(self._submit(work, weight_bytes))
+
+    async def _ask(self, work: Callable[[Database], Any]) -> Any:
+        self._require_open()
+        return await asyncio.shield(self._put(self._reader, work))
+
+    def _submit(
+        self, work: Callable[[Transaction], Any], weight_bytes: int = 0
+    ) -> asyncio.Future[Any]:
+        self._queued_bytes += weight_bytes
+        return self._put(self._writer, work, weight_bytes)
+
+    def _put(
+        self, thread: DatabaseThread, work: Callable[[Any], Any], weight_bytes: int = 0
+    ) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        # Whoever awaited it may have been cancelled; then nobody asks for the error
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        thread.put(Job(work, future, weight_bytes))
+        return future
+
+    async def _wait_for_room(self, weight_bytes: int) -> None:
+        """Wait in line until the writer's queue has room; whatever its size, one job may wait."""
+        if not self._queue_for_room and self._has_room(weight_bytes):
+            return
+        turn = asyncio.Event()
+        self._queue_for_room.append(turn)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while self._queue_for_room[0] is not turn or not self._has_room(weight_bytes):
+                    turn.clear()
+                    await turn.wait()
+        except TimeoutError:
+            raise BackpressureError(
+                f"the journal {self._path} took nothing for {self._timeout_s:g} s:"
+                f" {self._queued_bytes} bytes wait to be written; is the disk slow or full?"
+            ) from None
+        finally:
+            self._queue_for_room.remove(turn)
+            self._let_next_in()
+
+    def _has_room(self, weight_bytes: int) -> bool:
+        queued = self._queued_bytes
+        return not queued or queued + weight_bytes <= self._max_queued_bytes
+
+    def _let_next_in(self) -> None:
+        if self._queue_for_room:
+            self._queue_for_room[0].set()
+
+    def _deliver(self, jobs: list[Job], topics: tuple[set[str], set[str]] | None) -> None:
+        for job in jobs:
+            self._queued_bytes -= job.weight_bytes
+            if not job.future.done():
+                if job.error is not None:
+                    job.future.set_exception(job.error)
+                else:
+                    job.future.set_result(job.outcome)
+        self._let_next_in()
+        if topics is not None:
+            told, local = topics
+            if local:
+                self._bells.ring(local)
+            self._tell(told)
+
+    def _write(self, database: Database, jobs: list[Job]) -> tuple[set[str], set[str]]:
+        """Do jobs in one transaction; when that fails, each in one of its own."""
+        topics: tuple[set[str], set[str]] = set(), set()
+        try:
+            self._transact(database, jobs, topics)
+        except Exception as error:  # noqa: BLE001 - carried to whoever awaits the job
+            if len(jobs) > 1:
+                for job in jobs:
+                    for found, more in zip(topics, self._write(database, [job]), strict=True):
+                        found |= more
+            elif isinstance(error, sqlite3.Error):
+                jobs[0].error = database.translate(error)
+                jobs[0].error.__cause__ = error
+            else:
+                jobs[0].error = error
+        else:
+            database.fold_log()
+        return topics
+
+    def _transact(
+        self, database: Database, jobs: list[Job], topics: tuple[set[str], set[str]]
+    ) -> None:
+        database.begin()
+        try:
+            tx = Transaction(
+                database.connection, self._names, self._clock.time_s(), self._clock.mono_s()
+            )
+            for job in jobs:
+                job.outcome = job.work(tx)
+            tx.flush()
+            database.connection.execute("COMMIT")
+        except BaseException:
+            if database.connection.in_transaction:
+                database.connection.execute("ROLLBACK")
+            self._names.forget()
+            raise
+        for settle in tx.after:
+            settle()
+        topics[0].update(tx.topics)
+        topics[1].update(tx.local_topics)
+
+    def _read(self, database: Database, jobs: list[Job]) -> None:
+        for job in jobs:
+            try:
+                job.outcome = database.patiently(partial(job.work, database))
+            except sqlite3.Error as error:
+                job.error = database.translate(error)
+                job.error.__cause__ = error
+            except Exception as error:  # noqa: BLE001 - carried to whoever awaits the job
+                job.error = error
+
+
+def _take_back(me: Consumer, future: asyncio.Future[list[Delivery]]) -> None:
+    if future.exception() is None:
+        me.give_back([int(delivery.position) for delivery in future.result()])

@@ -1,0 +1,818 @@
+"""One suite for all journals: what durable delivery promises."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mesh.errors import ClosedError, ConfigurationError, NotConnectedError
+from mesh.journal import MAX_UNSETTLED, PARTITIONS, DeadQuery, Record, Step, partition_of
+from tests.plumbing.journals import (
+    JournalFabric,
+    MemoryFabric,
+    SQLiteFabric,
+    drain,
+    ids,
+    letter,
+    numbered,
+    records,
+    settle,
+)
+from tests.plumbing.processes import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from mesh.journal import Delivery, Journal
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def fabric(request: pytest.FixtureRequest, rundir: Path) -> AsyncIterator[JournalFabric]:
+    made: JournalFabric = (
+        MemoryFabric() if request.param == "memory" else SQLiteFabric(rundir / "journal.db")
+    )
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def journal(fabric: JournalFabric) -> Journal:
+    """A journal whose group `risk` hears `order`."""
+    journal = await fabric.open()
+    await journal.declare("risk", ["order"])
+    return journal
+
+
+# -- append and declare --------------------------------------------------------------------------
+
+
+async def test_a_journal_is_used_between_connect_and_close(fabric: JournalFabric) -> None:
+    journal = fabric.make()
+    with pytest.raises(NotConnectedError, match="connect"):
+        await journal.append(records("a"))
+    await journal.connect()
+    await journal.close()
+    await journal.close()
+    with pytest.raises(ClosedError):
+        await journal.read("risk", "risk")
+
+
+async def test_what_was_appended_is_read_in_order(journal: Journal) -> None:
+    assert await journal.append(records("a", "b", "c")) == 3
+    handed = await journal.read("risk", "risk")
+
+    assert ids(handed) == ["a", "b", "c"]
+    assert [each.frame for each in handed] == [b"frame of a", b"frame of b", b"frame of c"]
+    assert {each.topic for each in handed} == {"order"}
+    assert {each.deliveries for each in handed} == {1}
+    assert [each.partition for each in handed] == [partition_of(name) for name in "abc"]
+
+
+async def test_frames_are_kept_byte_by_byte(journal: Journal) -> None:
+    frames = [b"", b"\0\xff\0", bytes(range(256)) * 600]
+    await journal.append([Record("order", f"ü{at}'\0", frame) for at, frame in enumerate(frames)])
+
+    handed = await journal.read("risk", "risk")
+
+    assert [each.frame for each in handed] == frames
+    assert ids(handed) == ["ü0'\0", "ü1'\0", "ü2'\0"]
+
+
+async def test_an_id_is_kept_once(journal: Journal) -> None:
+    assert await journal.append(records("a", "a", "b")) == 2
+    assert await journal.append(records("b", "c")) == 1
+
+    assert ids(await journal.read("risk", "risk")) == ["a", "b", "c"]
+
+
+async def test_concurrent_appends_are_all_counted(fabric: JournalFabric) -> None:
+    journals = [await fabric.open() for _ in range(3)]
+    await journals[0].declare("risk", ["order"])
+    counts = await asyncio.gather(
+        *(
+            journals[number % 3].append(records(f"e{number}", f"e{number}-b", "shared"))
+            for number in range(60)
+        )
+    )
+
+    assert sum(counts) == 121
+    assert len(await drain(journals[1], "risk", "risk")) == 121
+
+
+async def test_order_of_one_appender_is_kept_among_many(fabric: JournalFabric) -> None:
+    journals = [await fabric.open() for _ in range(2)]
+    await journals[0].declare("risk", ["order"])
+
+    async def append_all(journal: Journal, name: str) -> None:
+        for number in range(50):
+            await journal.append(records(f"{name}-{number}", key=name))
+
+    await asyncio.gather(append_all(journals[0], "x"), append_all(journals[1], "y"))
+    seen = ids(await drain(journals[0], "risk", "risk"))
+
+    for name in "xy":
+        mine = [each for each in seen if each.startswith(name)]
+        assert mine == [f"{name}-{number}" for number in range(50)]
+
+
+async def test_a_group_begins_now_or_with_the_earliest(journal: Journal) -> None:
+    await journal.append(records("a"))
+    await journal.declare("late", ["order"])
+    await journal.declare("all", ["order"], start="earliest")
+    await journal.append(records("b"))
+
+    assert ids(await journal.read("late", "late")) == ["b"]
+    assert ids(await journal.read("all", "all")) == ["a", "b"]
+
+
+async def test_declaring_again_keeps_the_place_and_adds_topics(journal: Journal) -> None:
+    await journal.append([*records("a"), *records("f0", topic="fill")])
+    await journal.declare("risk", ["order", "fill"], start="earliest")
+    assert ids(await drain(journal, "risk", "risk")) == ["a", "f0"]
+    await journal.declare("risk", ["order"], start="earliest")
+    await journal.append([*records("b"), *records("f1", topic="fill")])
+
+    assert ids(await drain(journal, "risk", "risk")) == ["b", "f1"]
+
+
+async def test_a_topic_added_while_reading_is_heard_from_its_start(journal: Journal) -> None:
+    await journal.append([*records("f0", topic="fill"), *records("a", "b")])
+    held = await journal.read("risk", "risk")
+    await journal.declare("risk", ["fill"], start="earliest")
+
+    assert ids(await journal.read("risk", "risk")) == ["f0"]
+    assert await settle(journal, "risk", "risk", held) == []
+
+
+async def test_an_unknown_start_is_refused(journal: Journal) -> None:
+    with pytest.raises(ConfigurationError, match="yesterday"):
+        await journal.declare("risk", ["order"], start="yesterday")
+
+
+async def test_an_undeclared_group_is_refused(journal: Journal) -> None:
+    with pytest.raises(ConfigurationError, match="nobody"):
+        await journal.read("nobody", "nobody")
+
+
+async def test_topics_are_heard_in_one_order(journal: Journal) -> None:
+    await journal.declare("risk", ["fill", "never"])
+    await journal.append([*records("a"), *records("b", topic="fill"), *records("c")])
+    await journal.append([*records("d", topic="deaf"), *records("e", topic="fill")])
+
+    assert ids(await journal.read("risk", "risk")) == ["a", "b", "c", "e"]
+
+
+async def test_every_group_gets_every_event(journal: Journal) -> None:
+    await journal.declare("audit", ["order"])
+    await journal.append(records("a", "b"))
+
+    assert ids(await drain(journal, "risk", "risk")) == ["a", "b"]
+    assert ids(await drain(journal, "audit", "audit")) == ["a", "b"]
+
+
+# -- reading and settling ------------------------------------------------------------------------
+
+
+async def test_nothing_is_handed_out_twice_while_it_is_held(journal: Journal) -> None:
+    await journal.append(records("a", "b", "c"))
+
+    assert ids(await journal.read("risk", "risk", limit=2)) == ["a", "b"]
+    assert ids(await journal.read("risk", "risk")) == ["c"]
+    assert await journal.read("risk", "risk") == []
+
+
+async def test_a_consumer_holds_a_bounded_number(journal: Journal) -> None:
+    await journal.append(numbered(MAX_UNSETTLED + 10))
+    held = await journal.read("risk", "risk", limit=10_000)
+    assert len(held) == MAX_UNSETTLED
+    assert await journal.read("risk", "risk") == []
+
+    await settle(journal, "risk", "risk", held[3:5])
+
+    assert ids(await journal.read("risk", "risk")) == ["e512", "e513"]
+
+
+async def test_what_is_settled_out_of_order_stays_settled(fabric: JournalFabric) -> None:
+    journal, heir = await fabric.open(), await fabric.open()
+    await journal.declare("risk", ["order"])
+    await journal.append(records("a", "b", "c", "d", "e", key="k"))
+    held = await journal.read("risk", "risk")
+    await settle(journal, "risk", "risk", [held[3], held[1]])
+
+    await heir.free("risk", "risk")
+
+    assert ids(await drain(heir, "risk", "heir")) == ["a", "c", "e"]
+    assert await drain(heir, "risk", "heir") == []
+    await heir.leave("risk", "heir")
+    assert await journal.read("risk", "late") == []
+
+
+async def test_settling_in_reverse_leaves_nothing(journal: Journal) -> None:
+    await journal.append(numbered(100, keys=3))
+    held = await journal.read("risk", "risk")
+    for each in reversed(held):
+        assert await settle(journal, "risk", "risk", [each]) == []
+    await journal.leave("risk", "risk")
+
+    assert await journal.read("risk", "other") == []
+    assert [view.pending for view in await journal.groups()] == [0]
+
+
+async def test_a_step_is_settled_once(journal: Journal) -> None:
+    await journal.append(records("a"))
+    (held,) = await journal.read("risk", "risk")
+    step = Step(acks=[held], records=records("out"))
+
+    assert await journal.commit("risk", "risk", [step, step]) == [step]
+    assert await journal.commit("risk", "risk", [step]) == [step]
+
+
+async def test_a_reader_waits_until_something_is_appended(journal: Journal) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(journal.read("risk", "risk", wait_s=30))
+        await asyncio.sleep(0)
+        await journal.append(records("a"))
+
+    assert ids(waiting.result()) == ["a"]
+
+
+async def test_a_reader_waits_until_it_has_room(journal: Journal) -> None:
+    await journal.append(numbered(MAX_UNSETTLED + 1))
+    held = await journal.read("risk", "risk", limit=MAX_UNSETTLED)
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(journal.read("risk", "risk", wait_s=30))
+        await asyncio.sleep(0)
+        await settle(journal, "risk", "risk", held[-1:])
+
+    assert ids(waiting.result()) == [f"e{MAX_UNSETTLED}"]
+
+
+async def test_another_journals_append_is_seen_after_wake(fabric: JournalFabric) -> None:
+    out, into = await fabric.open(), await fabric.open()
+    await into.declare("risk", ["order"])
+    out.on_append = into.wake
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(into.read("risk", "risk", wait_s=30))
+        await asyncio.sleep(0)
+        await out.append(records("a"))
+
+    assert ids(waiting.result()) == ["a"]
+
+
+async def test_on_append_tells_the_topics(journal: Journal) -> None:
+    told: set[str] = set()
+    journal.on_append = told.update
+    await journal.append([*records("a"), *records("b", topic="fill")])
+    await eventually(lambda: told == {"order", "fill"})
+    told.clear()
+    await journal.commit("risk", "risk", [Step(records=records("c", topic="breach"))])
+    await eventually(lambda: told == {"breach"})
+
+
+async def test_a_cancelled_read_loses_nothing(journal: Journal) -> None:
+    await journal.append(numbered(20))
+    for turns in range(6):
+        reading = asyncio.ensure_future(journal.read("risk", "risk"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        reading.cancel()
+        outcome = (await asyncio.gather(reading, return_exceptions=True))[0]
+        if isinstance(outcome, list):
+            await journal.release("risk", "risk", outcome)
+
+    async def all_there() -> bool:
+        handed = await journal.read("risk", "risk")
+        await journal.release("risk", "risk", handed)
+        return ids(handed) == [f"e{number}" for number in range(20)]
+
+    await eventually(all_there)
+
+
+async def test_released_events_come_again_as_if_never_handed_out(journal: Journal) -> None:
+    await journal.append(records("a", "b", "c", key="k"))
+    held = await journal.read("risk", "risk")
+    await settle(journal, "risk", "risk", held[:1])
+    await journal.release("risk", "risk", held[1:])
+    again = await journal.read("risk", "risk")
+
+    assert [(each.id, each.deliveries) for each in again] == [("b", 1), ("c", 1)]
+    assert await settle(journal, "risk", "risk", again) == []
+    assert await journal.read("risk", "risk") == []
+
+
+async def test_a_released_event_cannot_be_settled(journal: Journal) -> None:
+    await journal.append(records("a"))
+    held = await journal.read("risk", "risk")
+    await journal.release("risk", "risk", held)
+
+    assert len(await settle(journal, "risk", "risk", held)) == 1
+    assert ids(await journal.read("risk", "risk")) == ["a"]
+
+
+# -- steps ---------------------------------------------------------------------------------------
+
+
+async def test_a_step_is_applied_whole(journal: Journal) -> None:
+    await journal.declare("fills", ["fill"])
+    await journal.append(records("a"))
+    (held,) = await journal.read("risk", "risk")
+    step = Step(
+        acks=[held],
+        records=records("f", topic="fill"),
+        dead=[letter("dead")],
+        state={"limit": b"7"},
+    )
+
+    assert await journal.commit("risk", "risk", [step]) == []
+
+    assert await drain(journal, "risk", "risk") == []
+    assert ids(await journal.read("fills", "fills")) == ["f"]
+    assert [each.id for each in await journal.dead()] == ["dead"]
+    assert await journal.load_state("risk") == {"limit": b"7"}
+
+
+async def test_a_refused_step_changes_nothing_and_its_neighbours_are_applied(
+    fabric: JournalFabric,
+) -> None:
+    journal, other = await fabric.open(), await fabric.open()
+    await journal.declare("risk", ["order"])
+    await journal.append(records("a"))
+    (lost,) = await journal.read("risk", "risk")
+    await other.free("risk", "risk")
+    (taken,) = await other.read("risk", "b")
+    late = Step(acks=[lost], records=records("f"), dead=[letter("dead")], state={"limit": b"7"})
+    source = Step(records=records("g"), state={"seen": b"1"})
+
+    assert await journal.commit("risk", "risk", [late, source]) == [late]
+
+    assert await journal.dead() == []
+    assert await journal.load_state("risk") == {"seen": b"1"}
+    assert await settle(other, "risk", "b", [taken]) == []
+    assert {each.id for each in await journal.scan()} == {"a", "g"}
+
+
+async def test_a_step_with_one_lost_event_is_refused_whole(fabric: JournalFabric) -> None:
+    journal = await fabric.open()
+    await journal.declare("risk", ["order"])
+    await journal.append(records("a", "b"))
+    first, second = await journal.read("risk", "risk")
+    await settle(journal, "risk", "risk", [first])
+    both = Step(acks=[second, first])
+
+    assert await journal.commit("risk", "risk", [both]) == [both]
+    assert await settle(journal, "risk", "risk", [second]) == []
+
+
+async def test_a_source_commits_without_being_a_consumer(fabric: JournalFabric) -> None:
+    journal = await fabric.open()
+    await journal.declare("risk", ["order"])
+    step = Step(records=records("a"), state={"seen": b"1"})
+
+    assert await journal.commit("feed", "feed", [step]) == []
+    assert await journal.load_state("feed") == {"seen": b"1"}
+    assert ids(await journal.read("risk", "risk")) == ["a"]
+
+
+async def test_state_belongs_to_its_group_and_can_be_removed(journal: Journal) -> None:
+    await journal.commit("risk", "risk", [Step(state={"a": b"1", "b": b"", "c": b"\0"})])
+    await journal.commit("risk", "risk", [Step(state={"a": None}), Step(state={"c": b"2"})])
+
+    assert await journal.load_state("risk") == {"b": b"", "c": b"2"}
+    assert await journal.load_state("other") == {}
+
+
+async def test_records_of_steps_are_deduplicated(journal: Journal) -> None:
+    await journal.append(records("a", "out"))
+    (held, _) = await journal.read("risk", "risk")
+
+    assert await journal.commit("risk", "risk", [Step(acks=[held], records=records("out"))]) == []
+    assert [each.id for each in await journal.scan()] == ["a", "out"]
+
+
+async def test_done_marks_travel_with_the_delivery(fabric: JournalFabric) -> None:
+    journal, heir = await fabric.open(), await fabric.open()
+    await journal.declare("risk", ["order"])
+    await journal.append(records("a", "b"))
+    first, second = await journal.read("risk", "risk")
+    assert await journal.commit("risk", "risk", [Step(done=[(first, "x"), (first, "y")])]) == []
+    await journal.commit("risk", "risk", [Step(done=[(second, "x")])])
+    await journal.commit("risk", "risk", [Step(acks=[second])])
+    await heir.free("risk", "risk")
+    (again,) = await heir.read("risk", "heir")
+
+    assert (again.id, again.done) == ("a", frozenset({"x", "y"}))
+
+
+async def test_done_marks_stay_with_a_released_event(journal: Journal) -> None:
+    await journal.append(records("a"))
+    (held,) = await journal.read("risk", "risk")
+    await journal.commit("risk", "risk", [Step(done=[(held, "x")])])
+    await journal.release("risk", "risk", [held])
+    (again,) = await journal.read("risk", "risk")
+
+    assert (again.deliveries, again.done) == (1, frozenset({"x"}))
+
+
+async def test_a_step_of_done_marks_is_refused_like_any(fabric: JournalFabric) -> None:
+    journal, other = await fabric.open(), await fabric.open()
+    await journal.declare("risk", ["order"])
+    await journal.append(records("a"))
+    (held,) = await journal.read("risk", "risk")
+    await other.free("risk", "risk")
+    step = Step(done=[(held, "x")], state={"a": b"1"})
+
+    assert await journal.commit("risk", "risk", [step]) == [step]
+    assert await journal.load_state("risk") == {}
+
+
+# -- replicas ------------------------------------------------------------------------------------
+
+
+async def test_two_consumers_share_and_each_key_goes_to_one(fabric: JournalFabric) -> None:
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await _join(one, "a")
+    await _join(two, "b")
+    await one.append(numbered(160))
+
+    of_one, of_two = await _read_all(one, "a"), await _read_all(two, "b")
+
+    keys = [{each.partition for each in handed} for handed in (of_one, of_two)]
+    assert [len(each) for each in keys] == [PARTITIONS / 2] * 2
+    assert not keys[0] & keys[1]
+    assert sorted(ids(of_one + of_two)) == sorted(f"e{number}" for number in range(160))
+    for handed in (of_one, of_two):
+        assert [int(each.frame) for each in handed] == sorted(int(each.frame) for each in handed)
+
+
+async def test_a_joining_replica_waits_for_what_is_in_work(fabric: JournalFabric) -> None:
+    """A key is never handled twice at once, and keeps its order when it moves."""
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await one.append(numbered(32))
+    held = await one.read("risk", "a", limit=20)
+    assert await two.read("risk", "b") == []
+    held += await one.read("risk", "a")
+
+    await settle(one, "risk", "a", held)
+    await _join(one, "a")
+    of_two = await _read_all(two, "b")
+
+    assert not {each.partition for each in of_two} & {each.partition for each in held[20:]}
+    assert sorted(int(each.frame) for each in [*held, *of_two]) == list(range(32))
+
+
+async def test_a_leaving_replica_hands_over_without_suspicion(fabric: JournalFabric) -> None:
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await one.append(numbered(20))
+    held = await one.read("risk", "a", limit=10)
+    await settle(one, "risk", "a", held[:4])
+    await one.leave("risk", "a")
+
+    handed = await two.read("risk", "b")
+
+    assert ids(handed) == [f"e{number}" for number in range(4, 20)]
+    assert {each.deliveries for each in handed} == {1}
+    assert len(await settle(one, "risk", "a", held[4:])) == 6
+
+
+async def test_a_closing_journal_gives_back_what_it_holds(fabric: JournalFabric) -> None:
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await one.append(records("a", "b"))
+    await one.read("risk", "a")
+    await one.close()
+
+    assert [(each.id, each.deliveries) for each in await two.read("risk", "b")] == [
+        ("a", 1),
+        ("b", 1),
+    ]
+
+
+async def test_scaling_down_and_up_keeps_every_key_in_order(fabric: JournalFabric) -> None:
+    journals = [await fabric.open() for _ in range(3)]
+    await journals[0].declare("risk", ["order"])
+    await journals[0].append(numbered(480))
+    handled: list[Delivery] = []
+
+    async def turn(number: int, limit: int) -> None:
+        batch = await journals[number].read("risk", f"c{number}", limit=limit)
+        assert await settle(journals[number], "risk", f"c{number}", batch) == []
+        handled.extend(batch)
+
+    await turn(0, 30)
+    for at in range(12):
+        await turn(at % 3, 10)
+    await journals[1].leave("risk", "c1")
+    for at in range(4):
+        await turn(at % 2 * 2, 20)
+    await journals[0].leave("risk", "c0")
+
+    async def finished() -> bool:
+        await turn(1, 100)
+        await turn(2, 100)
+        return len(handled) >= 480
+
+    await eventually(finished)
+    assert len({each.id for each in handled}) == len(handled) == 480
+    for partition in range(PARTITIONS):
+        order = [int(each.frame) for each in handled if each.partition == partition]
+        assert order == sorted(order)
+
+
+# -- death ---------------------------------------------------------------------------------------
+
+
+async def test_what_a_dead_consumer_held_comes_alone_and_counted(fabric: JournalFabric) -> None:
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await one.append(records("a", "b", "c"))
+    held = await one.read("risk", "a")
+    await settle(one, "risk", "a", held[:1])
+    await two.free("risk", "a")
+
+    (first,) = await two.read("risk", "b")
+    assert (first.id, first.deliveries) == ("b", 2)
+    assert await two.read("risk", "b") == []
+    await settle(two, "risk", "b", [first])
+    (second,) = await two.read("risk", "b")
+    assert (second.id, second.deliveries) == ("c", 2)
+    await settle(two, "risk", "b", [second])
+
+    await one.append(records("d", "e"))
+    after = await two.read("risk", "b")
+    assert [(each.id, each.deliveries) for each in after] == [("d", 1), ("e", 1)]
+
+
+async def test_a_poison_event_is_known_by_its_count(fabric: JournalFabric) -> None:
+    """Each handing-out is counted before it happens; the neighbours are not blamed."""
+    journal = await fabric.open()
+    await journal.declare("risk", ["order"])
+    await journal.append(records("poison", "b", "c"))
+    assert len(await journal.read("risk", "r0")) == 3
+    for life in range(1, 5):
+        await journal.free("risk", f"r{life - 1}")
+        handed = await journal.read("risk", f"r{life}")
+        assert [(each.id, each.deliveries) for each in handed] == [("poison", life + 1)]
+    await journal.commit("risk", "r4", [Step(acks=handed, dead=[letter("poison")])])
+
+    (after,) = await journal.read("risk", "r4")
+    assert (after.id, after.deliveries) == ("b", 2)
+
+
+async def test_a_released_suspect_is_not_counted(fabric: JournalFabric) -> None:
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await one.append(records("a"))
+    await one.read("risk", "a")
+    await two.free("risk", "a")
+    held = await two.read("risk", "b")
+    await two.release("risk", "b", held)
+    await two.leave("risk", "b")
+
+    (again,) = await one.read("risk", "c")
+    assert again.deliveries == 2
+
+
+async def test_a_waiting_reader_gets_the_next_suspect_when_one_is_settled(
+    fabric: JournalFabric,
+) -> None:
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await one.append(records("a", "b"))
+    await one.read("risk", "a")
+    await two.free("risk", "a")
+    held = await two.read("risk", "b")
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(two.read("risk", "b", wait_s=30))
+        await asyncio.sleep(0)
+        await settle(two, "risk", "b", held)
+
+    assert ids(waiting.result()) == ["b"]
+
+
+async def test_a_silent_consumer_loses_its_lease(fabric: JournalFabric) -> None:
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await one.append(records("a"))
+    held = await one.read("risk", "a")
+    assert await two.read("risk", "b") == []
+    await fabric.let_leases_end()
+
+    taken = await _read_all(two, "b")
+
+    assert [(each.id, each.deliveries) for each in taken] == [("a", 2)]
+    assert len(await settle(one, "risk", "a", held)) == 1
+    assert await settle(two, "risk", "b", taken) == []
+
+
+async def test_a_renewed_lease_goes_on(fabric: JournalFabric) -> None:
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await one.append(records("a"))
+    held = await one.read("risk", "a")
+    await fabric.let_leases_end()
+    await one.renew("risk", "a")
+
+    assert await two.read("risk", "b") == []
+    assert await settle(one, "risk", "a", held) == []
+
+
+async def test_who_lost_its_lease_can_come_back(fabric: JournalFabric) -> None:
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await one.read("risk", "a")
+    await two.free("risk", "a")
+    await one.append(records("b"))
+
+    assert ids(await one.read("risk", "a")) == ["b"]
+
+
+async def test_a_freed_consumer_gets_its_own_events_counted(journal: Journal) -> None:
+    await journal.append(records("a", "b"))
+    held = await journal.read("risk", "risk")
+    await journal.free("risk", "risk")
+    (again,) = await journal.read("risk", "risk")
+
+    assert (again.id, again.deliveries) == ("a", 2)
+    assert len(await settle(journal, "risk", "risk", held[1:])) == 1
+
+
+async def test_a_successor_of_the_same_name_takes_over_and_fences(fabric: JournalFabric) -> None:
+    old, new = await fabric.open(), await fabric.open()
+    await old.declare("risk", ["order"])
+    await old.append(records("a", "b"))
+    held = await old.read("risk", "risk")
+    (first,) = await new.read("risk", "risk")
+
+    assert (first.id, first.deliveries) == ("a", 2)
+    late = Step(acks=[held[0]], state={"x": b"1"})
+    assert await old.commit("risk", "risk", [late]) == [late]
+    with pytest.raises(ClosedError, match="successor"):
+        await old.read("risk", "risk")
+    await old.leave("risk", "risk")
+    await old.renew("risk", "risk")
+    assert await settle(new, "risk", "risk", [first]) == []
+    assert ids(await drain(new, "risk", "risk")) == ["b"]
+    assert await new.load_state("risk") == {}
+
+
+async def test_order_is_kept_through_deaths(fabric: JournalFabric) -> None:
+    journal = await fabric.open()
+    await journal.declare("risk", ["order"])
+    await journal.append(numbered(200, keys=5))
+    handled: list[Delivery] = []
+    for life in range(8):
+        name = f"r{life}"
+        for _ in range(life):
+            batch = await journal.read("risk", name, limit=7)
+            assert await settle(journal, "risk", name, batch[:4]) == []
+            handled.extend(batch[:4])
+            await journal.release("risk", name, batch[4:])
+        await journal.read("risk", name, limit=9)
+        await journal.free("risk", name)
+    handled += await drain(journal, "risk", "last")
+
+    assert len({each.id for each in handled}) == len(handled) == 200
+    for partition in range(PARTITIONS):
+        order = [int(each.frame) for each in handled if each.partition == partition]
+        assert order == sorted(order)
+
+
+async def test_freeing_a_stranger_does_nothing(journal: Journal) -> None:
+    await journal.free("risk", "nobody")
+    await journal.free("nobody", "nobody")
+    await journal.leave("nobody", "nobody")
+    await journal.renew("nobody", "nobody")
+    await journal.release("nobody", "nobody", [])
+
+
+# -- dead letters --------------------------------------------------------------------------------
+
+
+async def test_dead_letters_are_chosen_counted_and_removed(journal: Journal) -> None:
+    await journal.bury(
+        [
+            letter("a", at_s=1.0),
+            letter("b", at_s=3.0, handler=None, reason="timeout", error="TimeoutError"),
+            letter("c", at_s=2.0, topic="fill", agent="fills", event={"data": {"x": [1]}}),
+            letter("d", at_s=2.5, frame=b"\0raw", error="100% wrong"),
+        ]
+    )
+
+    async def chosen(**query: object) -> list[str]:
+        return [each.id for each in await journal.dead(DeadQuery(**query))]  # type: ignore[arg-type]
+
+    assert await chosen() == ["b", "d", "c", "a"]
+    assert await chosen(ids=frozenset({"a", "c", "x"})) == ["c", "a"]
+    assert await chosen(ids=frozenset()) == []
+    assert await chosen(topic="fill") == ["c"]
+    assert await chosen(agent="risk", handler="check") == ["d", "a"]
+    assert await chosen(reason="timeout") == ["b"]
+    assert await chosen(error="ValueError: no") == ["c", "a"]
+    assert await chosen(error="%") == []
+    assert [each.id for each in await journal.dead(limit=2)] == ["b", "d"]
+    assert await journal.count_dead(DeadQuery(agent="risk")) == {
+        ("risk", "check", "failed", "ValueError: no"): 1,
+        ("risk", "check", "failed", "100% wrong"): 1,
+        ("risk", "", "timeout", "TimeoutError"): 1,
+    }
+    assert sum((await journal.count_dead()).values()) == 4
+    assert (await journal.dead(DeadQuery(ids=frozenset({"d"}))))[0].frame == b"\0raw"
+    assert await journal.exhume(["a", "b", "x", "a"]) == 2
+    assert await chosen() == ["d", "c"]
+
+
+async def test_a_letter_of_the_same_id_replaces(journal: Journal) -> None:
+    await journal.bury([letter("a", attempts=3)])
+    await journal.bury([letter("a", attempts=6, at_s=9.0)])
+
+    assert await journal.dead() == [letter("a", attempts=6, at_s=9.0)]
+
+
+# -- views and retention -------------------------------------------------------------------------
+
+
+async def test_groups_tell_what_is_pending(journal: Journal) -> None:
+    await journal.declare("audit", ["order", "fill"])
+    await journal.append(numbered(10))
+    held = await journal.read("risk", "risk")
+    await settle(journal, "risk", "risk", [held[0], held[5], held[6]])
+
+    views = {(view.group, view.topic): view for view in await journal.groups()}
+
+    assert {place: view.pending for place, view in views.items()} == {
+        ("risk", "order"): 7,
+        ("audit", "order"): 10,
+        ("audit", "fill"): 0,
+    }
+    assert views["audit", "fill"].oldest_s == 0
+    assert views["risk", "order"].oldest_s >= 0
+
+
+async def test_scan_gives_the_past_by_pages(journal: Journal) -> None:
+    await journal.append([*numbered(5), *records("f", topic="fill"), *records("z")])
+    await drain(journal, "risk", "risk")
+
+    first = await journal.scan(limit=4)
+    rest = await journal.scan(after=first[-1].position)
+
+    assert [each.id for each in [*first, *rest]] == ["e0", "e1", "e2", "e3", "e4", "f", "z"]
+    assert [each.id for each in await journal.scan(["fill"])] == ["f"]
+    assert [each.id for each in await journal.scan(["order", "fill"], limit=6)][-1] == "f"
+    assert await journal.scan(["never"]) == []
+    assert rest[0].frame == b"4"
+    assert rest[0].at_s > 0
+
+
+async def test_trim_forgets_only_what_every_group_has_settled(journal: Journal) -> None:
+    await journal.declare("audit", ["order"])
+    await journal.append([*numbered(20), *records("free", topic="unheard")])
+    await drain(journal, "risk", "risk")
+    held = await journal.read("audit", "audit")
+    await settle(journal, "audit", "audit", [each for each in held if each.partition % 2])
+
+    assert await journal.trim(max_age_s=3600) == 0
+    await journal.trim(max_age_s=-1)
+
+    left = {each.id for each in await journal.scan()}
+    unsettled = {each.id for each in held if not each.partition % 2}
+    assert unsettled <= left
+    assert "free" not in left
+    assert (
+        await settle(journal, "audit", "audit", [each for each in held if not each.partition % 2])
+        == []
+    )
+    await journal.trim(max_age_s=-1)
+    assert await journal.scan() == []
+
+
+async def test_trim_by_size_begins_with_the_oldest(journal: Journal) -> None:
+    frame = b"x" * 10_000
+    await journal.append([Record("order", f"e{at}", frame, "k") for at in range(200)])
+    await drain(journal, "risk", "risk")
+
+    assert await journal.trim(max_bytes=100_000_000) == 0
+    gone = await journal.trim(max_bytes=1_000_000)
+
+    assert 100 <= gone < 200
+    assert (await journal.scan())[0].id == f"e{gone}"
+    await journal.append(records("after"))
+    assert ids(await journal.read("risk", "risk")) == ["after"]
+
+
+async def _join(journal: Journal, consumer: str) -> None:
+    assert await journal.read("risk", consumer, limit=0) == []
+
+
+async def _read_all(journal: Journal, consumer: str) -> list[Delivery]:
+    """Read without settling until nothing more comes, once something came."""
+    handed = await eventually(partial(journal.read, "risk", consumer))
+    while more := await journal.read("risk", consumer):
+        handed += more
+    return handed

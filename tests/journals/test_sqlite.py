@@ -1,0 +1,483 @@
+"""What only the SQLite journal can show: its file, its threads, and the death of real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mesh.errors import (
+    BackpressureError,
+    BrokerUnavailableError,
+    ConfigurationError,
+)
+from mesh.journal import Record, Step
+from mesh.journals import local
+from mesh.journals.sqlite import SQLiteJournal
+from mesh.journals.views import merged
+from tests.plumbing.journals import drain, ids, letter, numbered, records, settle
+from tests.plumbing.processes import ROOT, environment, eventually, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+Start = Callable[..., "Worker"]
+
+
+@pytest.fixture
+def path(rundir: Path) -> Path:
+    return rundir / "journal.db"
+
+
+class Worker:
+    """A process of tests/plumbing/journal_worker.py."""
+
+    def __init__(self, role: str, path: Path, account: Path, *rest: str) -> None:
+        self.account = account
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.plumbing.journal_worker", role, path, account, *rest],
+            cwd=ROOT,
+            env=environment(PYTHONPATH=str(ROOT)),
+        )
+
+    def facts(self, word: str) -> list[list[str]]:
+        if not self.account.exists():
+            return []
+        lines = [line.split() for line in self.account.read_text().splitlines()]
+        return [rest for first, *rest in lines if first == word]
+
+    def has(self, word: str, count: int) -> bool:
+        return len(self.facts(word)) >= count
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def wait(self) -> int:
+        return self._process.wait(timeout=30)
+
+
+@pytest.fixture
+def start(path: Path, rundir: Path) -> Iterator[Start]:
+    """Start workers that end with the test: a role, the name of its account, its arguments."""
+    started: list[Worker] = []
+
+    def start_one(role: str, name: str, *rest: str) -> Worker:
+        started.append(Worker(role, path, rundir / f"{role}-{name}.txt", *rest))
+        return started[-1]
+
+    yield start_one
+    for worker in started:
+        worker.kill()
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+async def test_what_was_accepted_survives_the_death_of_its_appender(
+    path: Path, start: Start
+) -> None:
+    async with SQLiteJournal(path) as journal:
+        await journal.declare("risk", ["order"])
+        accepted: set[str] = set()
+        for life in range(4):
+            worker = start("append", str(life), f"w{life}", "1000000")
+            wait_until(partial(worker.has, "accepted", 40))
+            worker.kill()
+            accepted |= {name for batch in worker.facts("accepted") for name in batch}
+        kept = ids(await drain(journal, "risk", "risk"))
+
+    assert accepted <= set(kept)
+    assert len(kept) == len(set(kept))
+    for life in range(4):
+        mine = [int(name.partition("-")[2]) for name in kept if name.startswith(f"w{life}-")]
+        assert mine == list(range(len(mine)))
+
+
+@pytest.mark.fault
+async def test_killed_consumers_lose_nothing_and_do_nothing_twice(path: Path, start: Start) -> None:
+    """The oracle: each accepted order has exactly one fill, in its key's order, whoever died."""
+    total = 5000
+    async with SQLiteJournal(path) as journal:
+        await journal.declare("risk", ["order"])
+        await journal.declare("audit", ["fill"])
+        appender = start("append", "w", "w", str(total))
+        # A dead one is followed by one of its own name, or is said to be dead
+        names = ["c0", "c0", "c1", "c1", "c0", "c1"]
+        for life, name in enumerate(names):
+            if life and names[life - 1] != name:
+                await journal.free("risk", names[life - 1])
+            worker = start("handle", str(life), name)
+            wait_until(partial(worker.has, "handled", 60), within_s=20)
+            worker.kill()
+        assert appender.wait() == 0
+        await journal.free("risk", "c0")
+        await journal.free("risk", "c1")
+        last = start("handle", "last", "c0")
+        await eventually(lambda: _is_settled(journal), within_s=30)
+        last.kill()
+        fills = [each.frame.decode() for each in await drain(journal, "audit", "audit")]
+        state = await journal.load_state("risk")
+
+    expected = [f"w-{number}" for number in range(total)]
+    assert Counter(fills) == Counter(expected)
+    for key in range(7):
+        order = [int(fill.partition("-")[2]) for fill in fills]
+        mine = [number for number in order if number % 7 == key]
+        assert mine == sorted(mine)
+    assert sum(int(value) for value in state.values()) == total
+
+
+async def _is_settled(journal: SQLiteJournal) -> bool:
+    views = await journal.groups()
+    return next(view.pending for view in views if view.group == "risk") == 0
+
+
+@pytest.mark.fault
+async def test_an_event_that_kills_its_process_is_counted(path: Path, start: Start) -> None:
+    async with SQLiteJournal(path) as journal:
+        await journal.declare("risk", ["order"])
+        await journal.append(records("a", "poison", "c", key="k"))
+    codes = []
+    for _ in range(5):
+        worker = start("die-of", "all", "risk", "poison")
+        codes.append(worker.wait())
+
+    assert codes == [-9, -9, -9, -9, 0]
+    assert [tuple(fact) for fact in worker.facts("handled")] == [
+        ("a", "1"),
+        ("poison", "1"),
+        ("poison", "2"),
+        ("poison", "3"),
+        ("poison", "4"),
+        ("poison", "5"),
+        ("c", "2"),
+    ]
+
+
+async def test_two_processes_write_at_once(path: Path, start: Start) -> None:
+    async with SQLiteJournal(path) as journal:
+        await journal.declare("risk", ["order"])
+        workers = [start("append", name, name, "800") for name in ("x", "y", "z")]
+        for number in range(100):
+            await journal.append(records(f"here-{number}", key="here"))
+        assert [worker.wait() for worker in workers] == [0, 0, 0]
+        kept = ids(await drain(journal, "risk", "risk"))
+
+    for name, count in [("x", 800), ("y", 800), ("z", 800), ("here", 100)]:
+        mine = [each for each in kept if each.startswith(f"{name}-")]
+        assert mine == [f"{name}-{number}" for number in range(count)]
+
+
+# -- the file ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("synchronous", ["NORMAL", "FULL"])
+async def test_all_is_there_after_reopening(path: Path, synchronous: str) -> None:
+    async with SQLiteJournal(path, synchronous=synchronous) as journal:  # type: ignore[arg-type]
+        await journal.declare("risk", ["order"])
+        await journal.append(numbered(10))
+        held = await journal.read("risk", "risk", limit=4)
+        await settle(journal, "risk", "risk", held[:2])
+        await journal.commit("risk", "risk", [Step(state={"x": b"1"}, dead=[letter("a")])])
+    async with SQLiteJournal(path, synchronous=synchronous) as journal:  # type: ignore[arg-type]
+        again = await journal.read("risk", "risk")
+
+        assert ids(again) == [f"e{number}" for number in range(2, 10)]
+        assert {each.deliveries for each in again} == {1}
+        assert await journal.load_state("risk") == {"x": b"1"}
+        assert [each.id for each in await journal.dead()] == ["a"]
+        assert await journal.append(numbered(10)) == 0
+
+
+async def test_the_file_is_private(path: Path) -> None:
+    os.close(os.open(path, os.O_CREAT, 0o644))
+    async with SQLiteJournal(path) as journal:
+        await journal.append(records("a"))
+        modes = {
+            each.name: stat.S_IMODE(each.stat().st_mode) for each in path.parent.glob("journal*")
+        }
+
+    assert modes == {"journal.db": 0o600, "journal.db-shm": 0o600, "journal.db-wal": 0o600}
+
+
+async def test_its_threads_end_with_it(path: Path) -> None:
+    before = set(threading.enumerate())
+    async with SQLiteJournal(path):
+        assert len(set(threading.enumerate()) - before) == 2
+
+    assert set(threading.enumerate()) <= before
+    assert [each.name for each in path.parent.glob("journal*")] == ["journal.db"]
+
+
+async def test_a_database_of_another_program_is_refused(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE precious (data)")
+
+    with pytest.raises(ConfigurationError, match="another program"):
+        await SQLiteJournal(path).connect()
+
+
+async def test_a_journal_of_a_newer_format_is_refused(path: Path) -> None:
+    async with SQLiteJournal(path):
+        pass
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+
+    with pytest.raises(ConfigurationError, match="format 99"):
+        await SQLiteJournal(path).connect()
+
+
+@pytest.mark.parametrize("damage", ["no database at all, but long enough for a header" * 9, None])
+async def test_a_damaged_file_is_named(path: Path, damage: str | None) -> None:
+    if damage is None:
+        async with SQLiteJournal(path) as journal:
+            await journal.append(numbered(3000))
+        with path.open("r+b") as damaged:
+            damaged.seek(100)
+            damaged.write(b"\xa5" * 4000)
+    else:
+        with path.open("w") as file:
+            file.write(damage)
+
+    with pytest.raises(ConfigurationError, match=f"(?s){path}.*damaged.*move the file away"):
+        await SQLiteJournal(path).connect()
+
+
+async def test_damage_that_shows_later_is_a_typed_error(path: Path) -> None:
+    async with SQLiteJournal(path) as journal:
+        await journal.declare("risk", ["order"])
+        await journal.append(numbered(3000))
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size // 2)
+        file.write(b"\xa5" * (size // 2))
+    async with SQLiteJournal(path) as journal:
+        with pytest.raises(BrokerUnavailableError, match="damaged"):
+            await drain(journal, "risk", "risk")
+
+
+async def test_a_missing_directory_is_named(path: Path) -> None:
+    missing = path.parent / "nowhere" / "journal.db"
+    with pytest.raises(ConfigurationError, match="nowhere"):
+        await SQLiteJournal(missing).connect()
+
+
+async def test_a_link_is_not_followed(path: Path) -> None:
+    os.symlink(path.parent / "elsewhere.db", path)
+    with pytest.raises(ConfigurationError, match=str(path)):
+        await SQLiteJournal(path).connect()
+
+
+async def test_an_unknown_synchronous_is_refused(path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="OFF"):
+        SQLiteJournal(path, synchronous="OFF")  # type: ignore[arg-type]
+
+
+async def test_a_locked_file_is_waited_for_then_named(path: Path) -> None:
+    async with SQLiteJournal(path, timeout_s=0.2) as journal:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(BrokerUnavailableError, match=r"locked by another process for 0.2"):
+                await journal.append(records("a"))
+            other.execute("ROLLBACK")
+        assert await journal.append(records("b")) == 1
+
+
+async def test_a_removed_file_takes_no_more(path: Path) -> None:
+    async with SQLiteJournal(path) as journal:
+        for each in path.parent.glob("journal*"):
+            each.unlink()
+
+        async def is_refused() -> bool:
+            try:
+                await journal.append([Record("order", os.urandom(8).hex(), b"")])
+            except BrokerUnavailableError as error:
+                return "removed" in str(error)
+            return False
+
+        await eventually(is_refused)
+
+
+@pytest.fixture
+def small_disk(rundir: Path) -> Iterator[Path]:
+    """Mount a file system of 2 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a small file system")
+    disk = rundir / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, check=False, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.fault
+async def test_a_full_disk_is_a_typed_error_and_resumes(small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+    with ballast.open("wb") as file:
+        file.write(bytes(600_000))
+    accepted: list[str] = []
+
+    async def fill(journal: SQLiteJournal) -> None:
+        while len(accepted) < 1000:
+            batch = [f"e{len(accepted) + at}" for at in range(10)]
+            await journal.append([Record("order", each, bytes(2000), "k") for each in batch])
+            accepted.extend(batch)
+
+    async with SQLiteJournal(small_disk / "journal.db") as journal:
+        await journal.declare("risk", ["order"])
+        with pytest.raises(BrokerUnavailableError, match=r"journal.db cannot grow: the disk is"):
+            await fill(journal)
+        os.unlink(ballast)
+        await journal.append(records("after", key="k"))
+        kept = ids(await drain(journal, "risk", "risk"))
+
+    assert accepted
+    assert kept == [*accepted, "after"]
+
+
+# -- the writer ----------------------------------------------------------------------------------
+
+
+async def test_a_mistake_of_one_caller_does_not_harm_its_neighbours(path: Path) -> None:
+    """All share a transaction; the one that fails is undone alone."""
+    wrong = Record("order", "wrong", {"no": "bytes"}, "k")  # type: ignore[arg-type]
+    async with SQLiteJournal(path) as journal:
+        await journal.declare("risk", ["order"])
+        outcomes = await asyncio.gather(
+            journal.append(records("a")),
+            journal.append([*records("half"), wrong]),
+            journal.append(records("b")),
+            return_exceptions=True,
+        )
+
+        assert [outcomes[0], outcomes[2]] == [1, 1]
+        assert isinstance(outcomes[1], BrokerUnavailableError)
+        assert ids(await journal.read("risk", "risk")) == ["a", "b"]
+
+
+async def test_a_full_queue_makes_appenders_wait_then_refuses(path: Path) -> None:
+    async with SQLiteJournal(path, timeout_s=0.3, max_queued_bytes=10_000) as journal:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            outcomes = await asyncio.gather(
+                *(journal.append([Record("order", f"e{at}", bytes(3000))]) for at in range(8)),
+                return_exceptions=True,
+            )
+            other.execute("ROLLBACK")
+        kinds = Counter(type(outcome) for outcome in outcomes)
+        assert kinds[BackpressureError] >= 1
+        assert set(kinds) <= {BackpressureError, BrokerUnavailableError, int}
+        assert await journal.append(records("after")) == 1
+
+
+async def test_a_narrow_queue_lets_everybody_through_in_turn(path: Path) -> None:
+    async with SQLiteJournal(path, max_queued_bytes=5000) as journal:
+        counts = await asyncio.gather(
+            *(journal.append([Record("order", f"e{at}", bytes(4000), "k")]) for at in range(60))
+        )
+        kept = [each.id for each in await journal.scan()]
+
+    assert counts == [1] * 60
+    assert kept == [f"e{at}" for at in range(60)]
+
+
+async def test_appends_that_come_together_share_transactions(path: Path) -> None:
+    batches: list[set[str]] = []
+    async with SQLiteJournal(path) as journal:
+        journal.on_append = lambda topics: batches.append(set(topics))
+        await asyncio.gather(*(journal.append(records(f"e{at}")) for at in range(200)))
+
+    assert len(batches) < 20
+
+
+async def test_wake_is_enough(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the look of every second, bells alone carry a chain of two processes."""
+    monkeypatch.setattr(local, "LOOK_EVERY_S", 3600.0)
+    async with SQLiteJournal(path) as one, SQLiteJournal(path) as two:
+        one.on_append, two.on_append = two.wake, one.wake
+        await one.declare("risk", ["order"])
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(20):
+                reading = tasks.create_task(two.read("risk", "risk", wait_s=3600))
+                await asyncio.sleep(0)
+                await one.append(records(f"e{number}"))
+                assert ids(await reading) == [f"e{number}"]
+                await settle(two, "risk", "risk", reading.result())
+
+
+# -- what a backlog costs ------------------------------------------------------------------------
+
+
+async def test_reads_walk_indexes_without_sorting(path: Path) -> None:
+    async with SQLiteJournal(path):
+        pass
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        plans = [
+            connection.execute(f"EXPLAIN QUERY PLAN {statement}", values).fetchall()
+            for statement, values in [
+                (merged("seq, frame", 3, " AND partition IN (1, 2)"), [1, 0, 2, 0, 3, 0, 10]),
+                (merged("seq, frame", 1), [1, 0, 10]),
+            ]
+        ]
+
+    words = "\n".join(row[-1] for plan in plans for row in plan)
+    assert "events_by_topic" in words
+    assert "SCAN" not in words
+    assert "TEMP B-TREE" not in words
+
+
+async def test_cursors_of_idle_partitions_follow(path: Path) -> None:
+    """Or a successor would look through everything since one of them last moved."""
+    async with SQLiteJournal(path) as journal:
+        await journal.declare("risk", ["order"])
+        await journal.append(numbered(300, keys=1))
+        await drain(journal, "risk", "risk")
+        await journal.renew("risk", "risk")
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            lowest = connection.execute("SELECT min(seq) FROM cursors").fetchone()
+
+    assert lowest == (300,)
+
+
+async def test_nothing_is_left_of_what_is_settled(path: Path) -> None:
+    async with SQLiteJournal(path) as journal:
+        await journal.declare("risk", ["order"])
+        await journal.append(numbered(100))
+        held = await journal.read("risk", "a")
+        await settle(journal, "risk", "a", held[50:])
+        await journal.commit("risk", "a", [Step(done=[(held[0], "x"), (held[1], "y")])])
+        await journal.free("risk", "a")
+        await drain(journal, "risk", "b")
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            left = {
+                table: connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+                for table in ("acked", "attempts", "done")
+            }
+
+    assert left == {"acked": 0, "attempts": 0, "done": 0}
+
+
+async def test_trimming_gives_the_disk_back(path: Path) -> None:
+    async with SQLiteJournal(path) as journal:
+        for at in range(20):
+            await journal.append([Record("t", f"e{at}-{n}", bytes(10_000)) for n in range(50)])
+        assert await journal.trim(max_bytes=1_000_000) > 800
+    assert os.stat(path).st_size < 2_000_000
