@@ -262,6 +262,8 @@ class Transaction:
             return
         moves = consumer.moves(settled)
         self.keep_cursors(consumer, moves)
+        swept = consumer.sweep(always=False)
+        self.keep_cursors(consumer, swept)
         group_id = self.group_id(consumer.group)
         for seq in settled & holding.counted:
             self.run("DELETE FROM attempts WHERE group_id = ? AND seq = ?", (group_id, seq))
@@ -270,6 +272,7 @@ class Transaction:
             self.run("DELETE FROM done WHERE group_id = ? AND seq = ?", (group_id, seq))
 
         def let_go() -> None:
+            consumer.swept(swept)
             if consumer.settle(settled, moves):
                 self.local_topics.update(holding.topics.values())
 
