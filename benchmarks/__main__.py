@@ -14,7 +14,11 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+<<<<<<< HEAD
 from benchmarks import cross, inside, over_redis, startup
+=======
+from benchmarks import cross, inside, journal, startup
+>>>>>>> wt-journal
 
 Measure = Callable[[], float]
 
@@ -131,6 +135,27 @@ COMPARISONS = [
         "~ 1",
     ),
     Comparison(
+        "SQLite append 100 a batch / bare insert, 100 a commit",
+        journal.append_batches,
+        journal.bare_batches,
+        "events/s",
+        "-",
+    ),
+    Comparison(
+        "SQLite append, read, settle / bare insert",
+        journal.end_to_end,
+        journal.bare_batches,
+        "events/s",
+        ">= 0.22",
+    ),
+    Comparison(
+        "SQLite backlog 1,000,000 / 1,000: start to append",
+        lambda: journal.first_touch(1_000_000),
+        lambda: journal.first_touch(1_000),
+        "ms",
+        "<= 1.5",
+    ),
+    Comparison(
         "agent start to READY / three bare imports",
         startup.agent_start,
         startup.bare_start,
@@ -151,6 +176,7 @@ def main() -> None:
     for row in COMPARISONS:
         if options.only in row.name:
             _measure(row, options.rounds)
+    journal.forget_backlogs()
     if options.only in "memory and idling of an agent":
         resident, share = startup.memory_and_idling()
         print(

@@ -8,8 +8,13 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mesh.journal import MAX_UNSETTLED
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
+
+# A cursor that nothing else moves is at most about so many events behind
+_SWEEP_EVENTS = 5000
 
 #: (topic, partition) by their numbers.
 Place = tuple[int, int]
@@ -79,6 +84,7 @@ class Consumer:
         self.positions: dict[int, int] = {}
         self.held: dict[int, Place] = {}
         self.alone: int | None = None
+        self._swept_to = 0
         #: A read waits for something to be settled.
         self.blocked = False
 
@@ -121,6 +127,12 @@ class Consumer:
             self.turn += 1
             if self.holding is not None:
                 self.stale |= self._is_drained(self.holding)
+
+    def must_wait(self) -> bool:
+        """Say whether nothing can be read before something is settled; `settle` will tell then."""
+        with self.lock:
+            self.blocked = self.alone is not None or len(self.held) >= MAX_UNSETTLED
+            return self.blocked
 
     def moves(self, settled: Collection[int]) -> Moves:
         """Work out how far the cursors go when these are settled."""
@@ -165,13 +177,24 @@ class Consumer:
             self.stale |= self._is_drained(holding)
             return self.blocked or self.stale
 
-    def sweep(self) -> Moves:
-        """Work out how far cursors go over events of other partitions."""
+    def sweep(self, *, always: bool) -> Moves:
+        """
+        Work out how far cursors go over events of other partitions.
+
+        Without it a successor would look through all that came since a partition last had events.
+
+        Args:
+            always: Also when little came since the last time.
+        """
         moves = Moves()
         with self.lock:
             holding = self.holding
             if holding is None or self.stale or holding.suspects:
                 return moves
+            reached = max(self.positions.values(), default=0)
+            if not always and reached - self._swept_to < _SWEEP_EVENTS:
+                return moves
+            self._swept_to = reached
             busy = {
                 *self.held.values(),
                 *(place for place, early in holding.acked.items() if early),

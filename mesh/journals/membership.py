@@ -143,7 +143,7 @@ def leave(tx: Transaction, consumer: Consumer) -> None:
         return
     if consumer.alone is not None:
         _uncount(tx, group_id, consumer.alone)
-    tx.keep_cursors(consumer, consumer.sweep())
+    tx.keep_cursors(consumer, consumer.sweep(always=True))
     _remove(tx, group_id, consumer.name)
     tx.topics.update(holding.topics.values())
 
@@ -175,7 +175,7 @@ def renew(tx: Transaction, consumer: Consumer, lease_ms: int) -> None:
     if renewed:
         consumer.holding.lease_until_ms = tx.mono_ms + lease_ms
         if tx.version(group_id) == consumer.holding.version:
-            moves = consumer.sweep()
+            moves = consumer.sweep(always=True)
             tx.keep_cursors(consumer, moves)
             tx.after.append(lambda: consumer.swept(moves))
 

@@ -15,8 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mesh.clock import SYSTEM_CLOCK
-from mesh.errors import BackpressureError, ConfigurationError, MeshError
-from mesh.journal import ALL_DEAD, LEASE_S, MAX_UNSETTLED, DeadQuery, Delivery, Feature
+from mesh.errors import BackpressureError, ConfigurationError
+from mesh.journal import ALL_DEAD, LEASE_S, DeadQuery, Delivery, Feature
 from mesh.journals import membership, views
 from mesh.journals.consumers import Consumer
 from mesh.journals.database import Database
@@ -101,7 +101,7 @@ class SQLiteJournal(LocalJournal):
         reader = self._thread("journal-reader", self._read)
         try:
             await reader.start()
-        except MeshError:
+        except BaseException:
             await writer.stop()
             raise
         self._writer, self._reader = writer, reader
@@ -242,13 +242,14 @@ class SQLiteJournal(LocalJournal):
             me = self._consumers[group, consumer] = Consumer(group, consumer)
         async with me.reading:
             for _ in range(3):  # when the group changes under it; then at the next look
-                if me.stale or self._is_lease_half_over(me):
+                if me.stale:
                     await self._do(lambda tx: membership.join(tx, me, self._lease_ms))
+                elif self._is_lease_half_over(me):
+                    await self._do(lambda tx: membership.renew(tx, me, self._lease_ms))
                 holding = me.holding
                 if holding is None or limit <= 0:
                     return []
-                me.blocked = me.alone is not None or len(me.held) >= MAX_UNSETTLED
-                if me.blocked:
+                if me.must_wait():
                     return []
                 if any(place[1] not in holding.surplus for _, place in holding.suspects):
                     handed = await self._hand_out_suspect(me)
@@ -368,26 +369,23 @@ class SQLiteJournal(LocalJournal):
 
     def _write(self, database: Database, jobs: list[Job]) -> tuple[set[str], set[str]]:
         """Do jobs in one transaction; when that fails, each in one of its own."""
-        topics: tuple[set[str], set[str]] = set(), set()
         try:
-            self._transact(database, jobs, topics)
+            tx = self._transact(database, jobs)
         except Exception as error:  # noqa: BLE001 - carried to whoever awaits the job
-            if len(jobs) > 1:
-                for job in jobs:
-                    for found, more in zip(topics, self._write(database, [job]), strict=True):
-                        found |= more
-            elif isinstance(error, sqlite3.Error):
-                jobs[0].error = database.translate(error)
-                jobs[0].error.__cause__ = error
-            else:
-                jobs[0].error = error
-        else:
-            database.fold_log()
-        return topics
+            topics: tuple[set[str], set[str]] = set(), set()
+            if len(jobs) == 1:
+                jobs[0].error = _translated(database, error)
+                return topics
+            for job in jobs:
+                for found, more in zip(topics, self._write(database, [job]), strict=True):
+                    found |= more
+            return topics
+        for settle in tx.after:
+            settle()
+        database.fold_log()
+        return tx.topics, tx.local_topics
 
-    def _transact(
-        self, database: Database, jobs: list[Job], topics: tuple[set[str], set[str]]
-    ) -> None:
+    def _transact(self, database: Database, jobs: list[Job]) -> Transaction:
         database.begin()
         try:
             tx = Transaction(
@@ -402,20 +400,23 @@ class SQLiteJournal(LocalJournal):
                 database.connection.execute("ROLLBACK")
             self._names.forget()
             raise
-        for settle in tx.after:
-            settle()
-        topics[0].update(tx.topics)
-        topics[1].update(tx.local_topics)
+        return tx
 
     def _read(self, database: Database, jobs: list[Job]) -> None:
         for job in jobs:
             try:
                 job.outcome = database.patiently(partial(job.work, database))
-            except sqlite3.Error as error:
-                job.error = database.translate(error)
-                job.error.__cause__ = error
             except Exception as error:  # noqa: BLE001 - carried to whoever awaits the job
-                job.error = error
+                job.error = _translated(database, error)
+
+
+def _translated(database: Database, error: Exception) -> Exception:
+    """Give SQLite's own errors as the mesh's; a caller's mistake stays what it is."""
+    if not isinstance(error, sqlite3.Error) or not hasattr(error, "sqlite_errorcode"):
+        return error
+    translated = database.translate(error)
+    translated.__cause__ = error
+    return translated
 
 
 def _take_back(me: Consumer, future: asyncio.Future[list[Delivery]]) -> None:

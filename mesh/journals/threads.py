@@ -84,12 +84,19 @@ class DatabaseThread:
         self._call(self._settle, self._opened, None)
         try:
             while jobs := self._next():
-                extra = self._perform(self._database, jobs)
-                self._call(self._deliver, jobs, extra)
-                del jobs, extra
+                self._call(self._deliver, jobs, self._do(jobs))
+                del jobs  # what was delivered is not kept while nothing comes
         finally:
             self._database.close()
             self._call(self._settle, self._ended, None)
+
+    def _do(self, jobs: list[Job]) -> Any:
+        try:
+            return self._perform(self._database, jobs)
+        except BaseException as error:  # noqa: BLE001 - or who awaits them would wait for ever
+            for job in jobs:
+                job.error = error
+            return None
 
     def _next(self) -> list[Job]:
         """Wait for a job and give it with those that came meanwhile; none: the end."""

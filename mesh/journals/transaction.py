@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from mesh.journal import Record, Step
     from mesh.journals.consumers import Consumer, Moves
 
-# Few different lengths, so that SQLite compiles few different statements
-_LENGTHS = (128, 16, 4, 1)
+# Rows a statement: any number is made of few of them, and SQLite compiles each only once
+_LENGTHS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+_IF_NEW = " ON CONFLICT DO NOTHING"
 
 
 @dataclass(slots=True, eq=False)
@@ -190,15 +191,17 @@ class Transaction:
         _insert(
             self._connection,
             "INSERT INTO cursors VALUES",
-            [(group_id, *place, seq, 0) for place, seq in moves.cursors.items()],
+            5,
+            [value for place, seq in moves.cursors.items() for value in (group_id, *place, seq, 0)],
             " ON CONFLICT DO UPDATE SET seq = excluded.seq WHERE excluded.seq > seq",
         )
         if moves.acked:
             _insert(
                 self._connection,
                 "INSERT INTO acked VALUES",
-                [(group_id, *place, seq) for seq, place in moves.acked],
-                " ON CONFLICT DO NOTHING",
+                4,
+                [value for seq, place in moves.acked for value in (group_id, *place, seq)],
+                _IF_NEW,
             )
         for place in moves.passed:
             self.run(
@@ -213,9 +216,8 @@ class Transaction:
         if self._inserted:
             self._insert_events()
         if self._done:
-            _insert(
-                self._connection, "INSERT INTO done VALUES", self._done, " ON CONFLICT DO NOTHING"
-            )
+            values = [value for mark in self._done for value in mark]
+            _insert(self._connection, "INSERT INTO done VALUES", 3, values, _IF_NEW)
         for consumer, settled in self._settled.items():
             self._settle(consumer, settled)
         if self._letters:
@@ -230,18 +232,20 @@ class Transaction:
 
     def _insert_events(self) -> None:
         before = self.last_seq()
-        rows = [
-            (self.topic_id(record.topic), record.partition, record.id, record.frame, self.at_ms)
-            for inserted in self._inserted
-            for record in inserted.records
-        ]
+        records = [record for inserted in self._inserted for record in inserted.records]
+        topics = {topic: self.topic_id(topic) for topic in {record.topic for record in records}}
+        at_ms = self.at_ms
+        values: list[Any] = []
+        for record in records:
+            values += (topics[record.topic], record.partition, record.id, record.frame, at_ms)
         new = _insert(
             self._connection,
             "INSERT INTO events (topic, partition, id, frame, at_ms) VALUES",
-            rows,
+            5,
+            values,
             " ON CONFLICT (id) DO NOTHING",
         )
-        if new == len(rows):
+        if new == len(records):
             for inserted in self._inserted:
                 inserted.new = len(inserted.records)
             return
@@ -258,6 +262,8 @@ class Transaction:
             return
         moves = consumer.moves(settled)
         self.keep_cursors(consumer, moves)
+        swept = consumer.sweep(always=False)
+        self.keep_cursors(consumer, swept)
         group_id = self.group_id(consumer.group)
         for seq in settled & holding.counted:
             self.run("DELETE FROM attempts WHERE group_id = ? AND seq = ?", (group_id, seq))
@@ -266,6 +272,7 @@ class Transaction:
             self.run("DELETE FROM done WHERE group_id = ? AND seq = ?", (group_id, seq))
 
         def let_go() -> None:
+            consumer.swept(swept)
             if consumer.settle(settled, moves):
                 self.local_topics.update(holding.topics.values())
 
@@ -334,16 +341,15 @@ def undeclared(group: str) -> ConfigurationError:
 
 
 def _insert(
-    connection: sqlite3.Connection, head: str, rows: Sequence[tuple[Any, ...]], tail: str
+    connection: sqlite3.Connection, head: str, width: int, values: Sequence[Any], tail: str
 ) -> int:
     """Insert rows, many a statement; gives how many were inserted or changed."""
-    count, at = 0, 0
-    one = f"({', '.join('?' * len(rows[0]))})"
-    for length in _LENGTHS:
-        # `VALUES ... ON CONFLICT` has no doubt about its `ON`; of SELECT it would need WHERE true
+    count, at, left = 0, 0, len(values) // width
+    one = f"({', '.join('?' * width)})"
+    while left:
+        length = next(length for length in _LENGTHS if length <= left)
         statement = f"{head} {', '.join([one] * length)}{tail}"
-        while len(rows) - at >= length:
-            values = [value for row in rows[at : at + length] for value in row]
-            count += connection.execute(statement, values).rowcount
-            at += length
+        count += connection.execute(statement, values[at : at + length * width]).rowcount
+        at += length * width
+        left -= length
     return count

@@ -369,7 +369,7 @@ async def test_a_mistake_of_one_caller_does_not_harm_its_neighbours(path: Path) 
         )
 
         assert [outcomes[0], outcomes[2]] == [1, 1]
-        assert isinstance(outcomes[1], BrokerUnavailableError)
+        assert isinstance(outcomes[1], sqlite3.ProgrammingError)
         assert ids(await journal.read("risk", "risk")) == ["a", "b"]
 
 
@@ -455,6 +455,21 @@ async def test_cursors_of_idle_partitions_follow(path: Path) -> None:
             lowest = connection.execute("SELECT min(seq) FROM cursors").fetchone()
 
     assert lowest == (300,)
+
+
+async def test_a_successor_begins_near_where_its_predecessor_was(path: Path) -> None:
+    """Also when most partitions had no event for long, and nobody renewed."""
+    async with SQLiteJournal(path) as journal:
+        await journal.declare("risk", ["order"])
+        for first in range(0, 20_000, 1000):
+            await journal.append(
+                [Record("order", f"e{at}", b"", "k") for at in range(first, first + 1000)]
+            )
+            await drain(journal, "risk", "risk")
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            (lowest,) = connection.execute("SELECT min(seq) FROM cursors").fetchone()
+
+    assert lowest > 13_000
 
 
 async def test_nothing_is_left_of_what_is_settled(path: Path) -> None:
