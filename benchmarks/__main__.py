@@ -14,11 +14,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-<<<<<<< HEAD
-from benchmarks import cross, inside, over_redis, startup
-=======
-from benchmarks import cross, inside, journal, startup
->>>>>>> wt-journal
+from benchmarks import cross, inside, journal, over_redis, startup
 
 Measure = Callable[[], float]
 
