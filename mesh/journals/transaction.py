@@ -185,16 +185,19 @@ class Transaction:
 
     def keep_cursors(self, consumer: Consumer, moves: Moves) -> None:
         """Write what settling changed."""
-        if consumer.holding is None or not moves.cursors:
-            return
         group_id = self.group_id(consumer.group)
-        _insert(
-            self._connection,
-            "INSERT INTO cursors VALUES",
-            5,
-            [value for place, seq in moves.cursors.items() for value in (group_id, *place, seq, 0)],
-            " ON CONFLICT DO UPDATE SET seq = excluded.seq WHERE excluded.seq > seq",
-        )
+        if moves.cursors:
+            _insert(
+                self._connection,
+                "INSERT INTO cursors VALUES",
+                5,
+                [
+                    value
+                    for place, seq in moves.cursors.items()
+                    for value in (group_id, *place, seq, 0)
+                ],
+                " ON CONFLICT DO UPDATE SET seq = excluded.seq WHERE excluded.seq > seq",
+            )
         if moves.acked:
             _insert(
                 self._connection,

@@ -473,6 +473,7 @@ async def test_a_successor_begins_near_where_its_predecessor_was(path: Path) -> 
 
 
 async def test_nothing_is_left_of_what_is_settled(path: Path) -> None:
+    """At the latest when a lease is renewed."""
     async with SQLiteJournal(path) as journal:
         await journal.declare("risk", ["order"])
         await journal.append(numbered(100))
@@ -481,6 +482,7 @@ async def test_nothing_is_left_of_what_is_settled(path: Path) -> None:
         await journal.commit("risk", "a", [Step(done=[(held[0], "x"), (held[1], "y")])])
         await journal.free("risk", "a")
         await drain(journal, "risk", "b")
+        await journal.renew("risk", "b")
         with contextlib.closing(sqlite3.connect(path)) as connection:
             left = {
                 table: connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
