@@ -35,6 +35,8 @@ class Holding:
     #: Another's by right: nothing more is read of them, and they go when they are empty.
     surplus: frozenset[int]
     cursors: dict[Place, int]
+    #: The last that may have been handed to a lost consumer, where there is one.
+    bounds: dict[Place, int]
     acked: dict[Place, set[int]]
     done: dict[int, set[str]]
     #: What a lost consumer may have been handed, the oldest first.
@@ -136,28 +138,13 @@ class Consumer:
 
     def moves(self, settled: Collection[int]) -> Moves:
         """Work out how far the cursors go when these are settled."""
-        moves = Moves()
         with self.lock:
             if self.holding is None:
-                return moves
-            lowest: dict[Place, int] = {}
-            for seq, place in [*self.held.items(), *self.holding.suspects]:
-                if seq not in settled and seq < lowest.get(place, seq + 1):
-                    lowest[place] = seq
+                return Moves()
             by_place: dict[Place, list[int]] = {}
             for seq in settled:
                 by_place.setdefault(self.held[seq], []).append(seq)
-            for place, seqs in by_place.items():
-                early = self.holding.acked.get(place, set())
-                if place in lowest:
-                    cursor = lowest[place] - 1
-                else:
-                    cursor = max(*seqs, *early, self.holding.cursors[place])
-                moves.cursors[place] = cursor
-                moves.acked += [(seq, place) for seq in seqs if seq > cursor]
-                if any(seq <= cursor for seq in early):
-                    moves.passed.add(place)
-        return moves
+            return self._moves(self.holding, by_place, settled)
 
     def settle(self, settled: Collection[int], moves: Moves) -> bool:
         """Let go of what a transaction settled; says whether a waiting read should look again."""
@@ -186,30 +173,47 @@ class Consumer:
         Args:
             always: Also when little came since the last time.
         """
-        moves = Moves()
         with self.lock:
             holding = self.holding
-            if holding is None or self.stale or holding.suspects:
-                return moves
+            if holding is None or self.stale:
+                return Moves()
             reached = max(self.positions.values(), default=0)
             if not always and reached - self._swept_to < _SWEEP_EVENTS:
-                return moves
+                return Moves()
             self._swept_to = reached
-            busy = {
-                *self.held.values(),
-                *(place for place, early in holding.acked.items() if early),
-            }
-            for place, cursor in holding.cursors.items():
-                position = self.positions.get(place[0], 0)
-                if place[1] not in holding.surplus and place not in busy and position > cursor:
-                    moves.cursors[place] = position
-        return moves
+            return self._moves(holding, {place: [] for place in holding.cursors}, ())
 
     def swept(self, moves: Moves) -> None:
         """Go on behind the cursors that `sweep` gave, once they are kept."""
         with self.lock:
             if self.holding is not None:
                 self._move(self.holding, moves)
+
+    def _moves(
+        self,
+        holding: Holding,
+        by_place: dict[Place, list[int]],
+        settled: Collection[int],
+    ) -> Moves:
+        moves = Moves()
+        lowest: dict[Place, int] = {}
+        for seq, place in [*self.held.items(), *holding.suspects]:
+            if seq not in settled and seq < lowest.get(place, seq + 1):
+                lowest[place] = seq
+        for place, seqs in by_place.items():
+            cursor = holding.cursors[place]
+            # Up to here each event is known to be settled, held or suspect; what was given back or
+            # must be read again lies behind
+            known_to = max(cursor, holding.bounds.get(place, 0))
+            if place[1] not in holding.surplus:
+                known_to = max(known_to, self.positions.get(place[0], 0))
+            reached = min(known_to, lowest.get(place, known_to + 1) - 1)
+            if reached > cursor:
+                moves.cursors[place] = reached
+                if any(seq <= reached for seq in holding.acked.get(place, ())):
+                    moves.passed.add(place)
+            moves.acked += [(seq, place) for seq in seqs if seq > reached]
+        return moves
 
     def _move(self, holding: Holding, moves: Moves) -> None:
         for place, cursor in moves.cursors.items():

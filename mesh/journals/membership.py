@@ -317,6 +317,7 @@ def _load(tx: Transaction, group_id: int, topics: dict[int, str], owned: frozens
         owned=owned,
         surplus=frozenset(),
         cursors=cursors,
+        bounds=bounds,
         acked=acked,
         done=done,
         suspects=sorted(suspects),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mesh.journals.views import merged
+from mesh.journals.views import MAX_TOPICS, merged
 
 if TYPE_CHECKING:
     from mesh.journals.transaction import Transaction
@@ -26,6 +26,8 @@ class Sweep:
     max_bytes: int | None
     gone: int = 0
     finished: bool = False
+    #: So many topics are finished: one SELECT reads only so many side by side.
+    passed: int = 0
     #: Looked at already, by topic.
     reached: dict[int, int] = field(default_factory=dict)
 
@@ -34,7 +36,12 @@ class Sweep:
         tx.flush()
         excess = 0 if self.max_bytes is None else _used_bytes(tx) - self.max_bytes
         settled, ends = _settled_up_to(tx)
-        topics = [topic for (topic,) in tx.run("SELECT id FROM topics")]
+        topics = [
+            topic
+            for (topic,) in tx.run(
+                "SELECT id FROM topics ORDER BY id LIMIT ? OFFSET ?", (MAX_TOPICS, self.passed)
+            )
+        ]
         rows: list[tuple[int, int, int, int, int]] = []
         if topics and (excess > 0 or self.before_ms is not None):
             places = [value for topic in topics for value in (topic, self.reached.get(topic, 0))]
@@ -43,10 +50,10 @@ class Sweep:
                 [*places, _BATCH],
             ).fetchall()
         gone = []
-        self.finished = len(rows) < _BATCH
+        is_over = len(rows) < _BATCH
         for seq, topic, partition, at_ms, size in rows:
             if excess <= 0 and (self.before_ms is None or at_ms >= self.before_ms):
-                self.finished = True
+                is_over = True
                 break
             # Behind the furthest cursor there is nothing to forget, however much there is
             self.reached[topic] = seq if seq < ends.get(topic, seq + 1) else 2**62
@@ -56,6 +63,9 @@ class Sweep:
         tx.delete_events(gone)
         tx.give_pages_back(_FREED_PAGES)
         self.gone += len(gone)
+        if is_over:
+            self.passed += MAX_TOPICS
+            self.finished = len(topics) < MAX_TOPICS
 
 
 def _settled_up_to(tx: Transaction) -> tuple[dict[tuple[int, int], int], dict[int, int]]:

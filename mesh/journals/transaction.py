@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.deadletters import encode_letter
 from mesh.errors import ConfigurationError
 from mesh.journal import PARTITIONS
+from mesh.journals.views import MAX_TOPICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -180,21 +181,31 @@ class Transaction:
         added = self._connection.executemany(
             "INSERT INTO cursors VALUES (?, ?, ?, ?, 0) ON CONFLICT DO NOTHING", rows
         ).rowcount
+        (heard,) = self.run(
+            "SELECT count(*) FROM cursors WHERE group_id = ? AND partition = 0", (group_id,)
+        ).fetchone()
+        if heard > MAX_TOPICS:
+            raise ConfigurationError(
+                f"group {group!r} would hear {heard} topics; a group hears at most {MAX_TOPICS}"
+            )
         if added > 0:
             self.next_version(group_id)
 
     def keep_cursors(self, consumer: Consumer, moves: Moves) -> None:
         """Write what settling changed."""
-        if consumer.holding is None or not moves.cursors:
-            return
         group_id = self.group_id(consumer.group)
-        _insert(
-            self._connection,
-            "INSERT INTO cursors VALUES",
-            5,
-            [value for place, seq in moves.cursors.items() for value in (group_id, *place, seq, 0)],
-            " ON CONFLICT DO UPDATE SET seq = excluded.seq WHERE excluded.seq > seq",
-        )
+        if moves.cursors:
+            _insert(
+                self._connection,
+                "INSERT INTO cursors VALUES",
+                5,
+                [
+                    value
+                    for place, seq in moves.cursors.items()
+                    for value in (group_id, *place, seq, 0)
+                ],
+                " ON CONFLICT DO UPDATE SET seq = excluded.seq WHERE excluded.seq > seq",
+            )
         if moves.acked:
             _insert(
                 self._connection,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mesh.deadletters import DeadLetter, decode_letter
+from mesh.errors import ConfigurationError
 from mesh.journal import MAX_UNSETTLED, PARTITIONS, DeadQuery, Delivery, GroupView, Stored
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 Row = tuple[int, int, int, str, bytes]
 #: A read hands out no more than so many bytes, and at least one event.
 _MAX_READ_BYTES = 4 * 1024 * 1024
-#: Terms of one compound SELECT that SQLite allows.
-_MAX_TERMS = 400
+#: So many topics one SELECT reads side by side; SQLite allows 500 terms.
+MAX_TOPICS = 400
 
 
 def hand_out(
@@ -119,7 +120,6 @@ def merged(columns: str, topics: int, condition: str = "") -> str:
     SQLite walks one index range a topic side by side; `topic IN (...)` would read and sort all of
     a backlog for the first page of it.
     """
-    assert topics <= _MAX_TERMS
     one = f"SELECT {columns} FROM events WHERE topic = ? AND seq > ?{condition}"  # noqa: S608
     return f"{' UNION ALL '.join([one] * topics)} ORDER BY seq LIMIT ?"
 
@@ -171,6 +171,10 @@ def scan(
         wanted = [number for number, name in names.items() if name in topics]
         if not wanted:
             return []
+        if len(wanted) > MAX_TOPICS:
+            raise ConfigurationError(
+                f"a scan of {len(wanted)} topics; name at most {MAX_TOPICS}, or none for all"
+            )
         places = [value for number in wanted for value in (number, after)]
         rows = connection.execute(merged(columns, len(wanted)), [*places, limit])
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -690,6 +691,112 @@ async def test_freeing_a_stranger_does_nothing(journal: Journal) -> None:
     await journal.leave("nobody", "nobody")
     await journal.renew("nobody", "nobody")
     await journal.release("nobody", "nobody", [])
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_any_history_settles_everything_once(fabric: JournalFabric, seed: int) -> None:
+    """A seeded run of all calls by several consumers; the account must be right at its end."""
+    play = Play(random.Random(seed), [await fabric.open() for _ in range(3)], fabric)
+    await play.begin()
+    for _ in range(150):
+        await play.turn()
+    await play.finish()
+
+    assert sorted(play.settled) == sorted(play.appended)
+    assert {view.pending for view in await play.journals[0].groups()} == {0}
+
+
+class Play:
+    """Random calls, and what they must have led to."""
+
+    NAMES = ("a", "b", "c")
+
+    def __init__(
+        self, chance: random.Random, journals: list[Journal], fabric: JournalFabric
+    ) -> None:
+        self.chance = chance
+        self.journals = journals
+        self.fabric = fabric
+        self.appended: list[str] = []
+        self.settled: list[str] = []
+        self.held: dict[str, list[Delivery]] = {name: [] for name in self.NAMES}
+
+    async def begin(self) -> None:
+        for topic in ("order", "fill"):
+            await self.journals[0].declare("risk", [topic])
+
+    async def turn(self) -> None:
+        weights = {
+            self.append: 4, self.read: 8, self.settle: 8, self.give_back: 1, self.leave: 1,
+            self.free: 1, self.renew: 1, self.let_leases_end: 0.3,
+        }  # fmt: skip
+        (act,) = self.chance.choices(list(weights), list(weights.values()))
+        await act(self.chance.choice(self.NAMES))
+
+    async def finish(self) -> None:
+        await self.let_leases_end("")
+        for name in self.NAMES:
+            await self._of(name).free("risk", name)
+            self.held[name] = []
+        for each in await drain(self.journals[0], "risk", "last"):
+            self.settled.append(each.id)
+
+    async def append(self, _: str) -> None:
+        first = len(self.appended)
+        added = [
+            Record(
+                self.chance.choice(["order", "fill"]),
+                f"e{number}",
+                b"%d" % number,
+                f"key-{self.chance.randrange(12)}",
+            )
+            for number in range(first, first + self.chance.randrange(1, 30))
+        ]
+        self.appended += [record.id for record in added]
+        journal = self.chance.choice(self.journals)
+        assert await journal.append(added) == len(added)
+
+    async def read(self, name: str) -> None:
+        limit = self.chance.choice([1, 5, 20, 256])
+        handed = await self._of(name).read("risk", name, limit=limit)
+        assert len(handed) <= limit
+        assert not {each.id for each in handed} & set(self.settled)
+        for partition in {each.partition for each in handed}:
+            mine = [int(each.frame) for each in handed if each.partition == partition]
+            assert mine == sorted(mine)
+        if any(each.deliveries > 1 for each in handed):
+            assert len(handed) == 1
+        self.held[name] += handed
+
+    async def settle(self, name: str) -> None:
+        mine = self.held[name]
+        chosen = [each for each in mine if self.chance.random() < 0.6]
+        self.chance.shuffle(chosen)
+        steps = [Step(acks=[each]) for each in chosen]
+        refused = await self._of(name).commit("risk", name, steps)
+        self.settled += [step.acks[0].id for step in steps if step not in refused]
+        self.held[name] = [each for each in mine if each not in chosen]
+
+    async def give_back(self, name: str) -> None:
+        mine = self.held[name]
+        cut = self.chance.randrange(len(mine) + 1)
+        await self._of(name).release("risk", name, mine[cut:])
+        self.held[name] = mine[:cut]
+
+    async def leave(self, name: str) -> None:
+        await self._of(name).leave("risk", name)
+
+    async def free(self, name: str) -> None:
+        await self.chance.choice(self.journals).free("risk", name)
+
+    async def renew(self, name: str) -> None:
+        await self._of(name).renew("risk", name)
+
+    async def let_leases_end(self, _: str) -> None:
+        await self.fabric.let_leases_end()
+
+    def _of(self, name: str) -> Journal:
+        return self.journals[self.NAMES.index(name)]
 
 
 # -- dead letters --------------------------------------------------------------------------------

@@ -473,6 +473,7 @@ async def test_a_successor_begins_near_where_its_predecessor_was(path: Path) -> 
 
 
 async def test_nothing_is_left_of_what_is_settled(path: Path) -> None:
+    """At the latest when a lease is renewed."""
     async with SQLiteJournal(path) as journal:
         await journal.declare("risk", ["order"])
         await journal.append(numbered(100))
@@ -481,6 +482,7 @@ async def test_nothing_is_left_of_what_is_settled(path: Path) -> None:
         await journal.commit("risk", "a", [Step(done=[(held[0], "x"), (held[1], "y")])])
         await journal.free("risk", "a")
         await drain(journal, "risk", "b")
+        await journal.renew("risk", "b")
         with contextlib.closing(sqlite3.connect(path)) as connection:
             left = {
                 table: connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
@@ -496,3 +498,15 @@ async def test_trimming_gives_the_disk_back(path: Path) -> None:
             await journal.append([Record("t", f"e{at}-{n}", bytes(10_000)) for n in range(50)])
         assert await journal.trim(max_bytes=1_000_000) > 800
     assert os.stat(path).st_size < 2_000_000
+
+
+async def test_many_topics_are_trimmed_and_a_group_hears_a_bounded_number(path: Path) -> None:
+    names = [f"t{number}" for number in range(900)]
+    async with SQLiteJournal(path) as journal:
+        await journal.append([Record(name, name, b"x") for name in names])
+        await journal.declare("risk", names[:400], start="earliest")
+        assert len(await journal.read("risk", "risk", limit=512)) == 400
+        with pytest.raises(ConfigurationError, match="at most 400"):
+            await journal.declare("risk", names[400:500])
+        assert await journal.trim(max_age_s=-1) == 500
+        assert len(await journal.scan()) == 400

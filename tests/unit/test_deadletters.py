@@ -1,0 +1,78 @@
+"""Dead letters: what is kept of a failure."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from mesh.deadletters import (
+    MAX_FRAME_BYTES,
+    Attempt,
+    DeadLetters,
+    decode_letter,
+    encode_letter,
+    traceback_hash,
+)
+from mesh.events import Event
+from tests.plumbing.journals import letter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def _event() -> Event:
+    return Event("order", {"price": 1.5}, "feed", datetime(2024, 1, 1, tzinfo=UTC))
+
+
+def _raised(kind: type[Exception], words: str) -> Exception:
+    try:
+        raise kind(words)
+    except Exception as error:  # noqa: BLE001 - it is what is tested
+        return error
+
+
+def test_a_letter_survives_its_bytes() -> None:
+    whole = letter(
+        "a",
+        event={"data": {"x": [1, None, "ü"]}},
+        frame=b"\0\xff",
+        history=(Attempt(at_s=1.0, error="one"), Attempt(at_s=2.0, error="two")),
+    )
+
+    assert decode_letter(encode_letter(whole)) == whole
+
+
+def test_errors_of_one_place_share_a_hash() -> None:
+    one, other = _raised(ValueError, "price 1"), _raised(ValueError, "price 2")
+
+    assert traceback_hash(one) == traceback_hash(other) != ""
+    assert traceback_hash(one) != traceback_hash(_raised(KeyError, "price 1"))
+    assert traceback_hash(ValueError("never raised")) == ""
+
+
+def test_an_event_is_kept_with_its_failure() -> None:
+    letters = DeadLetters("risk")
+    event = _event()
+    letters.put_event(event, "failed", _raised(ValueError, "no"), handler="check", attempts=3)
+    (kept,) = letters.newest
+
+    assert (kept.id, kept.error) == (f"{event.id}/risk/check", "ValueError: no")
+    assert (kept.handler, kept.attempts, kept.topic) == ("check", 3, "order")
+    assert kept.event == event.to_dict()
+    assert kept.first_at_s == kept.at_s > 0
+    assert kept.traceback_hash
+
+
+def test_bytes_that_are_no_event_are_kept_cut_and_sampled(tmp_path: Path) -> None:
+    path = tmp_path / "risk.jsonl"
+    letters = DeadLetters("risk", path)
+    for _ in range(3):
+        letters.put_frame("order", "undecodable", "bad", b"\xff" * (MAX_FRAME_BYTES + 1))
+    letters.close()
+
+    assert letters.total == 3
+    (kept,) = letters.newest
+    assert kept.frame == b"\xff" * MAX_FRAME_BYTES
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line)["reason"] == "undecodable"
