@@ -97,7 +97,9 @@ _install() {
   fi
   rm -f "$venv/.set-up"
   _say "installing the packages of requirements.lock ($(grep -c '==' "$root/requirements.lock"))"
-  _pip install --require-hashes -r "$root/requirements.lock" ||
+  # --no-deps: the lock is whole, and pips before 23.3 look for `coverage[toml]` beyond it, which fails
+  # on the day a newer coverage appears
+  _pip install --no-deps --require-hashes -r "$root/requirements.lock" ||
     _fail "pip could not install them (see above); a package index must be within reach the first time"
   # flit_core is among them: no network from here on
   _pip install --no-deps --no-build-isolation -e "$root" ||
