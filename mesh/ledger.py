@@ -215,6 +215,9 @@ class Ledger:
     def _begin_incarnation(self) -> None:
         cells = self.cells
         cells[_AT["incarnation"]] += 1
+        # Before the pid: who reads it must not take the predecessor's READY for ours
+        for name in ("state", "sources", "beat_mono_ms"):
+            cells[_AT[name]] = 0
         cells[_AT["pid"]] = os.getpid()
         for (kind, _), at in self._index.items():
             if kind != IN:
