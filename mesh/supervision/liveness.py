@@ -2,7 +2,22 @@
 Decides from heartbeats who hangs and who may be killed for it. Pure: time is an argument.
 
 Two steps: `judge` looks at one agent, `choose` at the whole fleet, because silence of many at once
-has another cause (a suspended machine, a stopped monitor, a busy CPU) than silence of one.
+has another cause (a suspended machine, a lost file system) than silence of one.
+
+What is promised:
+
+- An agent that hangs is condemned when it has been silent for `hung_s`, also on a busy host: as
+  soon as it has had `fair_s` of that time for itself, running or asleep. With a fifth of a core or
+  more that is after 10 s, with a tenth after 20 s. Neither others that are silent for want of a CPU
+  nor a monitor that has to wait for one puts it off.
+- A starved host alone kills nobody: time in which an agent could have run and got no CPU is not
+  its own (`STARVED`), and a healthy agent beats within a second of its own time.
+- Silence of half the fleet that want of CPU does not explain is not taken for hanging before three
+  times the limit; then one at a time is tried.
+- Time in which the monitor itself was stopped counts for nobody (`absence_s`).
+
+Where the kernel keeps no account of waiting (no /proc/PID/schedstat), want of CPU cannot be told
+from hanging: the third promise then stands in for the first two.
 """
 
 from __future__ import annotations
@@ -13,6 +28,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
+
+#: A round that comes so much too late means that we were stopped, not that all agents were.
+OVERSLEPT_S = 2.0
 
 
 class Verdict(enum.StrEnum):
@@ -25,6 +43,8 @@ class Verdict(enum.StrEnum):
     SUSPECT = "suspect"
     HUNG = "hung"
     STUCK = "stuck"
+    #: Silent because the host does not let it run.
+    STARVED = "starved"
     #: Silent, and nothing may be done about it: debugged, or in uninterruptible sleep.
     EXEMPT = "exempt"
 
@@ -35,6 +55,8 @@ class LivenessConfig:
 
     suspect_s: float = 3.0
     hung_s: float = 10.0
+    #: How much of its silence an agent must have had for itself, running or asleep.
+    fair_s: float = 2.0
     boot_s: float = 30.0
     drain_s: float = 12.0
     #: A fresh monitor watches for so long before it kills.
@@ -65,6 +87,8 @@ class Sighting:
     #: From /proc: R, S, D, T, t or Z.
     process_state: str = "S"
     traced: bool = False
+    #: Seconds since the last beat, at least, in which it did not wait for a CPU; None: not known.
+    own_s: float | None = None
 
 
 def judge(seen: Sighting, *, now_s: float, config: LivenessConfig) -> Verdict:
@@ -83,6 +107,9 @@ def judge(seen: Sighting, *, now_s: float, config: LivenessConfig) -> Verdict:
     helpless = seen.traced or seen.process_state == "D"
     if helpless and verdict in (Verdict.HUNG, Verdict.STUCK, Verdict.SUSPECT):
         return Verdict.EXEMPT
+    starved = seen.own_s is not None and seen.own_s <= config.fair_s
+    if starved and verdict in (Verdict.HUNG, Verdict.SUSPECT):
+        return Verdict.STARVED
     return verdict
 
 
@@ -140,7 +167,29 @@ def choose(
 
 
 def is_mass_stall(verdicts: Mapping[str, Verdict]) -> bool:
-    """Say whether so many are silent at once that the cause must lie elsewhere."""
+    """
+    Say whether so many are silent at once that the cause must lie elsewhere.
+
+    The starved do not count: the cause of their silence is known, and excuses nobody else's.
+    """
     present = [verdict for verdict in verdicts.values() if verdict is not Verdict.ABSENT]
     silent = sum(verdict in (Verdict.SUSPECT, Verdict.HUNG) for verdict in present)
     return silent >= max(2, (len(present) + 1) // 2)
+
+
+def absence_s(late_s: float, waited_s: float | None) -> float:
+    """
+    Give the time for which the monitor was away, so that silence in it proves nothing.
+
+    A monitor that waits for a CPU is slow, not away: what it finds when it wakes is as true as
+    ever, and were it excused, a busy host would put off every verdict again and again.
+
+    Args:
+        late_s: By how much a round of the monitor came too late.
+        waited_s: How much of that it waited for a CPU; None: not known.
+
+    Returns:
+        Seconds by which all deadlines move; 0 for what is no more than a delay.
+    """
+    away_s = late_s - (waited_s or 0.0)
+    return away_s if away_s > OVERSLEPT_S else 0.0

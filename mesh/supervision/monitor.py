@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mesh import process
@@ -29,12 +28,22 @@ from mesh.errors import (
     AlreadyRunningError,
     ConfigurationError,
 )
-from mesh.ledger import STATES, Ledger
+from mesh.ledger import STATES, Ledger, read_ledger
 from mesh.logs import set_up_logging
 from mesh.rundir import RunDir
+from mesh.supervision import kernel
 from mesh.supervision.beats import Beat, BeatListener
 from mesh.supervision.gate import is_open
-from mesh.supervision.liveness import LivenessConfig, Sighting, choose, judge, silence_s
+from mesh.supervision.liveness import (
+    OVERSLEPT_S,
+    LivenessConfig,
+    Sighting,
+    absence_s,
+    choose,
+    judge,
+    silence_s,
+)
+from mesh.supervision.sightings import Probe, Sightings
 from mesh.supervision.supervisord import (
     ProcessInfo,
     SupervisorClient,
@@ -50,12 +59,7 @@ _log = logging.getLogger("mesh.monitor")
 #: Each look also wakes supervisord's one-second loop: a dead agent is back in 0.1 s, not in 1 s.
 LOOK_EVERY_S = 0.2
 ABORT_GRACE_S = 2.0
-#: A round that comes so much too late means that we were stopped, not that all agents were.
-OVERSLEPT_S = 2.0
 _SILENT_LOOP_S = 15.0
-#: Processes that may beat at a time, and how long one that supervisord does not know is remembered.
-_MAX_BEATERS = 1000
-_STRANGER_S = 5.0
 
 
 class Monitor:
@@ -81,9 +85,12 @@ class Monitor:
         self._supervisor = supervisor
         self._ledger = ledger
         self._config = config or LivenessConfig()
-        #: By name and pid: who beats in another's name does not hide the one who bears it.
-        self._beats: dict[tuple[str, int], tuple[Beat, float]] = {}
-        self._since: dict[str, tuple[int, float]] = {}
+        probe = Probe(
+            process_state=kernel.process_state,
+            waited_s=kernel.waited_s,
+            ledger=lambda name: read_ledger(rundir.ledger(name)),
+        )
+        self._seen = Sightings(self._config, probe)
         self._condemned: set[int] = set()
         self._programs: list[ProcessInfo] = []
         self._gate_open = False
@@ -103,10 +110,8 @@ class Monitor:
                 watching.cancel()
 
     def _hear(self, beat: Beat) -> bool:
-        key = (beat.name, beat.pid)
-        if key not in self._beats and len(self._beats) >= _MAX_BEATERS:
+        if not self._seen.hear(beat, time.monotonic()):
             return False
-        self._beats[key] = (beat, time.monotonic())
         # The beat that says READY may be the one that completes the mesh: no need to wait a round
         if self._gate_open and beat.state == "ready":
             self._open_gate(beat)
@@ -117,27 +122,15 @@ class Monitor:
         if beat.sources == "waiting" and any(beat.name == each.name for each in self._programs):
             self._listener.open_gate(beat.name)
 
-    def _forget(self, now_s: float) -> None:
-        """Forget who is not, or not yet, one of supervisord's processes."""
-        current = {(program.name, program.pid) for program in self._programs}
-        self._beats = {
-            key: (beat, heard_s)
-            for key, (beat, heard_s) in self._beats.items()
-            if key in current or now_s - heard_s < _STRANGER_S
-        }
-
     async def _watch(self, tasks: asyncio.TaskGroup) -> None:
-        planned_s = time.monotonic()
         while True:
-            now_s = time.monotonic()
-            if now_s - planned_s > OVERSLEPT_S:
-                _log.warning("slept %.1f s too long; all deadlines begin anew", now_s - planned_s)
-                self._begin_anew(now_s)
-            self.turned_s = now_s
-            self._ledger.set("beat_mono_ms", int(now_s * 1000))
+            self.turned_s = time.monotonic()
+            self._ledger.set("beat_mono_ms", int(self.turned_s * 1000))
             await self._look(tasks)
             planned_s = time.monotonic() + LOOK_EVERY_S
+            waited_s = kernel.waited_s(os.getpid())
             await asyncio.sleep(LOOK_EVERY_S)
+            self._excuse(time.monotonic(), planned_s, waited_s)
 
     async def _look(self, tasks: asyncio.TaskGroup) -> None:
         try:
@@ -146,10 +139,10 @@ class Monitor:
             self._complain_once("supervisord", 0, str(error))
             return
         now_s = time.monotonic()
-        self._forget(now_s)
+        self._seen.forget(self._programs, now_s)
         self._count_rejected()
         self._try_gate()
-        sightings = self._sightings(now_s)
+        sightings = self._seen.look(self._programs, now_s)
         self._tell(sightings, now_s)
         doomed = choose(
             sightings,
@@ -164,46 +157,29 @@ class Monitor:
             self._condemned.add(sightings[name].pid)
             tasks.create_task(self._end(name, sightings[name], now_s), name=f"end-{name}")
 
-    def _begin_anew(self, now_s: float) -> None:
-        self._observing_since_s = now_s
-        self._since = {name: (pid, now_s) for name, (pid, _) in self._since.items()}
+    def _excuse(self, now_s: float, planned_s: float, waited_before_s: float | None) -> None:
+        late_s = now_s - planned_s
+        if late_s <= OVERSLEPT_S:
+            return
+        waited_s = kernel.waited_s(os.getpid())
+        if waited_s is not None and waited_before_s is not None:
+            waited_s -= waited_before_s
+        away_s = absence_s(late_s, waited_s)
+        if away_s:
+            _log.warning("was away for %.1f s; all deadlines move by that", away_s)
+            self._seen.excuse(away_s, now_s)
+        else:
+            _log.warning("waited %.1f s for a CPU: this host is overloaded", late_s)
 
     def _try_gate(self) -> None:
         if self._gate_open:
             return
-        ready = {key for key, (beat, _) in self._beats.items() if beat.state == "ready"}
+        ready = {(each.name, each.pid) for each in self._seen.beats() if each.state == "ready"}
         if is_open(self._programs, ready):
             self._gate_open = True
             _log.info("all agents are READY: sources may speak")
-            for beat, _ in self._beats.values():
+            for beat in self._seen.beats():
                 self._open_gate(beat)
-
-    def _sightings(self, now_s: float) -> dict[str, Sighting]:
-        sightings: dict[str, Sighting] = {}
-        for program in self._programs:
-            if program.name == "monitor" or program.state not in ("RUNNING", "STARTING"):
-                continue
-            pid, since_s = self._since.get(program.name, (0, 0.0))
-            if pid != program.pid:
-                since_s = now_s
-                self._since[program.name] = (program.pid, now_s)
-            sightings[program.name] = self._sighting(program, since_s)
-        return sightings
-
-    def _sighting(self, program: ProcessInfo, since_s: float) -> Sighting:
-        beat, heard_s = self._beats.get((program.name, program.pid), (None, 0.0))
-        state, traced = "S", False
-        if time.monotonic() - max(heard_s, since_s) > self._config.suspect_s:
-            state, traced = _process_state(program.pid)
-        return Sighting(
-            pid=program.pid,
-            since_s=since_s,
-            beat_s=heard_s if beat is not None else None,
-            state=beat.state if beat is not None else "starting",
-            needs_restart=beat is not None and beat.needs_restart,
-            process_state=state,
-            traced=traced,
-        )
 
     def _count_rejected(self) -> None:
         if self._listener.rejected:
@@ -213,7 +189,7 @@ class Monitor:
     def _tell(self, sightings: dict[str, Sighting], now_s: float) -> None:
         for name, seen in sightings.items():
             verdict = judge(seen, now_s=now_s, config=self._config)
-            if verdict in ("suspect", "exempt"):
+            if verdict in ("suspect", "starved", "exempt"):
                 self._complain_once(
                     name,
                     seen.pid,
@@ -239,7 +215,7 @@ class Monitor:
         if seen.process_state not in ("T", "t"):
             await self._signal(name, seen.pid, "ABRT")
             await asyncio.sleep(ABORT_GRACE_S)
-        if _lives(seen.pid) and self._is_current(name, seen.pid):
+        if kernel.lives(seen.pid) and self._is_current(name, seen.pid):
             await self._signal(name, seen.pid, "KILL")
 
     async def _signal(self, name: str, pid: int, signal_name: str) -> None:
@@ -269,16 +245,6 @@ class Monitor:
             file.write(json.dumps(entry) + "\n")
 
 
-def _process_state(pid: int) -> tuple[str, bool]:
-    """Read a process's state letter, and whether a debugger holds it."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return "?", False
-    facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    return facts.get("State", "?").strip()[:1], facts.get("TracerPid", "0").strip() != "0"
-
-
 def _in_words(seen: Sighting) -> str:
     words = {
         "T": "the process is stopped (T)",
@@ -287,10 +253,6 @@ def _in_words(seen: Sighting) -> str:
         "S": "the process is sleeping (S): its loop is blocked",
     }
     return words.get(seen.process_state, f"process state {seen.process_state}")
-
-
-def _lives(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
 
 
 def _tripwire(turned_s: Callable[[], float]) -> None:

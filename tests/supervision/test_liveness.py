@@ -11,6 +11,7 @@ from mesh.supervision.liveness import (
     LivenessConfig,
     Sighting,
     Verdict,
+    absence_s,
     choose,
     is_mass_stall,
     judge,
@@ -38,6 +39,10 @@ def seen(silent_s: float | None, state: str = "ready", **facts: object) -> Sight
         (seen(10.1, process_state="T"), Verdict.HUNG),
         (seen(10.1, process_state="D"), Verdict.EXEMPT),
         (seen(10.1, traced=True), Verdict.EXEMPT),
+        (seen(10.1, own_s=2.0), Verdict.STARVED),
+        (seen(10.1, own_s=2.1), Verdict.HUNG),
+        (seen(3.1, own_s=2.0), Verdict.STARVED),
+        (seen(10.1, process_state="D", own_s=0.0), Verdict.EXEMPT),
         (seen(0.1, needs_restart=True), Verdict.STUCK),
         (seen(None, since_s=NOW - 30.0), Verdict.STARTING),
         (seen(None, since_s=NOW - 30.1), Verdict.HUNG),
@@ -71,6 +76,24 @@ def test_everyone_silent_at_once_is_nobodys_fault() -> None:
     late = {name: seen(31, pid=n) for n, name in enumerate("abcd", 1)}
     assert doomed(late) == ["a"]
     assert doomed(late, last_kill_s=NOW - 4) == []
+
+
+def test_the_starved_excuse_nobody_else() -> None:
+    """On a busy host the one that hangs is found among those that wait for a CPU."""
+    fleet = {name: seen(11, pid=n, own_s=1.0) for n, name in enumerate("abcd", 1)}
+
+    assert doomed(fleet) == []
+    assert doomed({**fleet, "b": seen(11, pid=2, own_s=3.0)}) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("late_s", "waited_s", "away_s"),
+    [(2.0, 0.0, 0.0), (2.5, 0.0, 2.5), (30.0, 29.0, 0.0), (30.0, 5.0, 25.0), (30.0, None, 30.0)],
+)
+def test_a_monitor_that_waits_for_a_cpu_is_slow_and_not_away(
+    late_s: float, waited_s: float | None, away_s: float
+) -> None:
+    assert absence_s(late_s, waited_s) == away_s
 
 
 def test_nobody_is_killed_twice() -> None:
