@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.config import BROKER_TYPES, MessageBusConfig
 from mesh.env import agent_name, is_supervised
 from mesh.errors import ConfigurationError
+from mesh.events import set_delivery
 from mesh.handlers import EventHandlerRegistry
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def make_broker(config: MessageBusConfig, directory: str | Path | None = None) -
     """
     Make the broker that the settings choose; it is not connected yet.
 
+    What the settings say of the delivery of types is in force in this process from here on.
+
     Args:
         config: The settings.
         directory: The mesh's run directory, for fabrics that live in one.
@@ -38,10 +41,11 @@ def make_broker(config: MessageBusConfig, directory: str | Path | None = None) -
     Raises:
         ConfigurationError: A file that the settings name cannot be used.
     """
+    set_delivery(config.durable_events, config.allow_downgrade)
     module, name = _MEMBERS[config.broker_type]
     member: Any = getattr(importlib.import_module(module), name)
     if config.broker_type == "zmq":
-        made: MessageBroker = member(directory)
+        made: MessageBroker = member(directory, synchronous=config.journal_synchronous)
     elif config.broker_type == "redis":
         made = member(**_redis_options(config))
     else:

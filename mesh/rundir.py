@@ -28,7 +28,7 @@ _LONGEST_SOCKET = "supervisor.sock.99999999"
 # ask for the holder without taking the lock for a moment and disturbing somebody who starts
 _FLOCK = "hhqqi4x"
 _WHOLE_FILE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-_FOLDERS = ("run", "log", "stacks", "ledger", "agents", "conf", "dead")
+_FOLDERS = ("run", "log", "stacks", "ledger", "agents", "conf", "journal")
 
 
 class Lock:
@@ -109,6 +109,11 @@ class RunDir:
         """Give a lock file's path."""
         return self.path / "run" / f"{name}.lock"
 
+    @property
+    def journal(self) -> Path:
+        """Give the file in which durable events and dead letters are kept."""
+        return self.path / "journal" / "journal.sqlite"
+
     def log(self, name: str) -> Path:
         """Give an agent's log file."""
         return self.path / "log" / f"{name}.log"
@@ -133,10 +138,6 @@ class RunDir:
     def card(self, name: str) -> Path:
         """Give the file in which an agent says what it is."""
         return self.path / "agents" / f"{name}.json"
-
-    def dead(self, name: str) -> Path:
-        """Give an agent's dead letters."""
-        return self.path / "dead" / f"{name}.jsonl"
 
     def acquire(self, path: Path, note: str = "") -> Lock:
         """

@@ -23,7 +23,6 @@ from mesh.agent import Agent, AgentContext
 from mesh.beats import Beat, BeatSender
 from mesh.card import Card, write_card
 from mesh.config import MessageBusConfig
-from mesh.deadletters import DeadLetters
 from mesh.errors import (
     EXIT_BUG,
     EXIT_CONFIGURATION,
@@ -259,7 +258,6 @@ class _AgentProcess:
                 config=launch.config,
                 params=launch.params,
                 ledger=self._ledger,
-                dead_letters=DeadLetters(launch.name, launch.rundir.dead(launch.name)),
                 gate=beats.gate_open,
                 ledgers=launch.rundir.ledgers,
                 middleware=handler_layers,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mesh.broker import Receiver
     from mesh.brokers.redis_node import Node
     from mesh.brokers.redis_nodes import Nodes
+    from mesh.journal import Journal
 
 _MESH = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _SYNCHRONIZE_S = 15.0
@@ -255,6 +256,10 @@ class RedisMessageBroker(MessageBroker):
         return room
 
     # -- sending -------------------------------------------------------------------------------
+
+    def make_journal(self) -> Journal:
+        """Give the journal of the same Redis."""
+        raise NotImplementedError
 
     def try_send(self, topic: str, frame: bytes) -> bool:
         """
