@@ -38,7 +38,14 @@ if TYPE_CHECKING:
         RunDirError,
         TopicError,
     )
-    from mesh.events import Event, EventType, declare_schema, event_type
+    from mesh.events import (
+        Event,
+        EventType,
+        declare_durable,
+        declare_schema,
+        event_type,
+        is_durable,
+    )
     from mesh.factory import MessageBus, MessageBusFactory
     from mesh.filters import Filter
     from mesh.handlers import EventHandlerRegistry, HandlerPriority
@@ -80,7 +87,14 @@ _HOMES = {
         "RunDirError",
         "TopicError",
     ),
-    "mesh.events": ("Event", "EventType", "declare_schema", "event_type"),
+    "mesh.events": (
+        "Event",
+        "EventType",
+        "declare_durable",
+        "declare_schema",
+        "event_type",
+        "is_durable",
+    ),
     "mesh.factory": ("MessageBus", "MessageBusFactory"),
     "mesh.filters": ("Filter",),
     "mesh.handlers": ("EventHandlerRegistry", "HandlerPriority"),
@@ -140,10 +154,12 @@ __all__ = [
     "Skip",
     "TopicError",
     "ZeroMQMessageBroker",
+    "declare_durable",
     "declare_schema",
     "event_type",
     "every",
     "filters",
+    "is_durable",
     "launch",
     "middleware",
     "on",

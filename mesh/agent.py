@@ -174,8 +174,7 @@ class Agent:
     """
     Base class of agents. Override nothing to begin with; mark methods.
 
-    Class attributes that may be set: `name`, `concurrency`, `overflow`, `buffer_size`, `start`,
-    `stateful`.
+    Class attributes that may be set: `name`, `concurrency`, `overflow`, `buffer_size`, `start`.
     """
 
     #: Default: what the process was started as, else the script's name.
@@ -188,8 +187,6 @@ class Agent:
     buffer_size: ClassVar[int | None] = None
     #: Where this agent begins with durable types it has never heard: ``now`` or ``earliest``.
     start: ClassVar[str] = "now"
-    #: Keep `ctx.state` even when nothing durable is heard; always so when something is.
-    stateful: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """
@@ -243,7 +240,6 @@ class Agent:
                 drain_timeout_s=config.drain_timeout_s,
                 group=context.group,
                 start=self.start,
-                stateful=self.stateful,
                 max_deliveries=config.max_deliveries,
                 max_hops=config.max_hops,
                 clock=context.clock,
@@ -298,11 +294,20 @@ class Agent:
 
     @property
     def has_state(self) -> bool:
-        """Say whether `ctx.state` is kept; known in `setup`."""
+        """Say whether `ctx.state` is kept: always when something durable is heard."""
         return self.consumer.has_state
 
+    async def keep_state(self) -> None:
+        """
+        Keep `ctx.state` although nothing durable is heard; call it in `setup`.
+
+        Raises:
+            BrokerUnavailableError: The journal does not answer.
+        """
+        await self.consumer.prepare(keep_state=True)
+
     @contextlib.asynccontextmanager
-    async def step(self) -> AsyncIterator[HandlerContext]:
+    async def step(self, cause: str | None = None) -> AsyncIterator[HandlerContext]:
         """
         Make what a source or timer publishes and writes one step: all of it is kept, or nothing.
 
@@ -314,12 +319,17 @@ class Agent:
 
         Durable events and state only; live events leave at once. What raises keeps nothing.
 
+        Args:
+            cause: Names what is done (``"row 7"``): doing it again publishes the same events again,
+                which the journal then knows. Needed where a step is not one transaction (a Redis
+                Cluster).
+
         Raises:
             ConfigurationError: This agent keeps no state.
             BrokerUnavailableError: The journal does not answer; nothing is kept.
         """
         known = self.consumer.loose_context()
-        context = HandlerContext(self.name, known.known)
+        context = HandlerContext(self.name, known.known, cause=cause)
         before = current_context.set(context)
         try:
             yield context

@@ -101,15 +101,18 @@ class EventConsumer:
     async def initialize(self) -> None:
         """Override: register handlers on `self.registry` under `self.agent_name`."""
 
-    async def prepare(self) -> None:
+    async def prepare(self, *, keep_state: bool = False) -> None:
         """
         Open the journal, where it is needed, and load the durable state; `start` does it too.
+
+        Args:
+            keep_state: It is needed, even if nothing durable is heard.
 
         Raises:
             ConfigurationError: The journal cannot keep what durable types promise.
             BrokerUnavailableError: It does not answer.
         """
-        if self._intake is not None or not (self._durable_topics() or self.config.stateful):
+        if self._intake is not None or not (self._durable_topics() or keep_state):
             return
         group = self.config.group or self.agent_name
         intake = DurableIntake(
@@ -143,8 +146,8 @@ class EventConsumer:
         self._started = True
         await self.prepare()
         self._slots.start()
-        live = sorted(topic for topic in self._topics() if not is_durable(topic))
-        await self.broker.attach(live, self)
+        # Durable ones as well: should a publisher take one for live, it is heard, and said
+        await self.broker.attach(sorted(self._topics()), self)
         if self._intake is not None:
             self._intake.start()
         if not self.ledger.get("ready_at_us"):
@@ -210,7 +213,7 @@ class EventConsumer:
 
     @property
     def has_state(self) -> bool:
-        """Say whether state outlives this process: something durable is heard, or `stateful`."""
+        """Say whether state outlives this process."""
         return self._intake is not None
 
     def loose_context(self) -> HandlerContext:
@@ -224,7 +227,7 @@ class EventConsumer:
         if intake is None:
             raise ConfigurationError(
                 f"{self.agent_name} keeps no durable state, for it hears no durable type;"
-                " set `stateful = True` in its class"
+                " `await self.keep_state()` in its setup"
             )
         return HandlerContext(
             self.agent_name,
@@ -240,10 +243,7 @@ class EventConsumer:
             BrokerUnavailableError: The journal does not answer.
         """
         intake = self._intake
-        if intake is None:
-            raise ConfigurationError(
-                f"{self.agent_name} keeps no durable state; set `stateful = True` in its class"
-            )
+        assert intake is not None, "a context comes from `loose_context`"
         step = context.step()
         await intake.journal.commit(intake.group, intake.consumer, [step])
         intake.note_committed(step)
@@ -267,6 +267,9 @@ class EventConsumer:
             return
         at = self._links.get((batch.publisher, topic))
         if at is None:
+            # Unnumbered are requests: they are live whatever their type
+            if batch.epoch and is_durable(topic):
+                self._say_disagreement(batch.publisher, topic)
             at = self.ledger.link(batch.publisher or _UNNUMBERED, topic)
             if len(self._links) < _MAX_LINKS:
                 self._links[batch.publisher, topic] = at
@@ -316,6 +319,15 @@ class EventConsumer:
 
     def _listening_since_ns(self) -> int:
         return self.ledger.get("ready_at_us") * 1000
+
+    def _say_disagreement(self, publisher: str, topic: str) -> None:
+        self.ledger.count("live_where_durable")
+        _log.warning(
+            "%s sends %s live, which is durable here: it is handled, and can be lost. Do both sides"
+            " import its declaration, and have the same LEGION_DURABLE_EVENTS?",
+            publisher or "somebody",
+            topic,
+        )
 
     def _take(self, kept: Kept) -> None:
         """Take durable events from the journal."""

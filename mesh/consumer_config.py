@@ -42,8 +42,6 @@ class ConsumerConfig(Value, frozen=True, kw_only=True):
     group: str | None = None
     #: Where a group that has never read begins: ``now`` or ``earliest``.
     start: str = "now"
-    #: Keep state in the journal even when nothing durable is heard.
-    stateful: bool = False
     #: An event whose handling has killed its process so often is put aside.
     max_deliveries: int = 5
     #: An event with more handlers behind it than this is put aside: it goes in circles.

@@ -132,9 +132,11 @@ class HandlerContext:
         event: What is handled; None in a step without an event (a source's).
         delivery: What the journal handed out; None for live events.
         write_through: See `DurableState`.
+        cause: What ids of published events are derived from, where there is no event.
     """
 
     __slots__ = (
+        "_cause",
         "_changed_before",
         "_published",
         "_recorded_before",
@@ -158,6 +160,7 @@ class HandlerContext:
         event: Event | None = None,
         delivery: Delivery | None = None,
         write_through: Callable[[str, bytes | None], None] | None = None,
+        cause: str | None = None,
     ) -> None:
         """Begin with nothing changed."""
         self.agent_name = agent_name
@@ -175,6 +178,7 @@ class HandlerContext:
         self.changes: dict[str, bytes | None] = {}
         #: The agent's durable state by name.
         self.state = DurableState(known, self.changes, write_through)
+        self._cause = cause if event is None else event.id
         self._published = 0
         self._recorded_before = 0
         self._changed_before: dict[str, bytes | None] = {}
@@ -196,8 +200,7 @@ class HandlerContext:
 
         For effects outside the mesh: a payment service that knows the key does nothing twice.
         """
-        identity = "" if self.event is None else self.event.id
-        return f"{identity}/{self.agent_name}/{self.handler}"
+        return f"{self._cause or ''}/{self.agent_name}/{self.handler}"
 
     # -- for the mesh --------------------------------------------------------------------------
 
@@ -223,7 +226,7 @@ class HandlerContext:
         Derived from the cause, so that doing it again publishes the same event again, which the
         journal then knows.
         """
-        if self.event is None:
+        if self._cause is None:
             return None
         self._published += 1
         cause = f"{self.idempotency_key}/{self._published}"

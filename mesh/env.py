@@ -21,6 +21,11 @@ def mesh_dir() -> str:
     return os.environ.get("MESH_DIR") or ".mesh"
 
 
+def journal_name() -> str:
+    """Give the name of the journal in the run directory: MESH_JOURNAL, or ``journal``."""
+    return os.environ.get("MESH_JOURNAL") or "journal"
+
+
 def agent_name() -> str | None:
     """Give the name this process was started under, when a supervisor named it."""
     return os.environ.get("MESH_AGENT") or None

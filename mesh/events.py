@@ -322,6 +322,20 @@ def declare_schema(name: str, schema: type[Any]) -> None:
     _declarations[topic] = msgspec.structs.replace(known, schema=schema)
 
 
+def declare_durable(*names: str) -> None:
+    """
+    Make built-in or declared types durable in this application.
+
+    Call it in the module that publishers and consumers import, where their schemas are declared.
+
+    Raises:
+        TopicError: A name breaks the topic grammar.
+    """
+    for name in names:
+        topic = check_topic(name)
+        _declarations[topic] = msgspec.structs.replace(declaration_of(topic), durable=True)
+
+
 def declaration_of(name: str) -> Declaration:
     """Tell what is known of a type; an undeclared one is live and takes any payload."""
     known = _declarations.get(name)

@@ -28,7 +28,9 @@ _MEMBERS = {
 }
 
 
-def make_broker(config: MessageBusConfig, directory: str | Path | None = None) -> MessageBroker:
+def make_broker(
+    config: MessageBusConfig, directory: str | Path | None = None, *, journal: str | None = None
+) -> MessageBroker:
     """
     Make the broker that the settings choose; it is not connected yet.
 
@@ -37,6 +39,7 @@ def make_broker(config: MessageBusConfig, directory: str | Path | None = None) -
     Args:
         config: The settings.
         directory: The mesh's run directory, for fabrics that live in one.
+        journal: Another journal than the environment's, by name.
 
     Raises:
         ConfigurationError: A file that the settings name cannot be used.
@@ -45,7 +48,9 @@ def make_broker(config: MessageBusConfig, directory: str | Path | None = None) -
     module, name = _MEMBERS[config.broker_type]
     member: Any = getattr(importlib.import_module(module), name)
     if config.broker_type == "zmq":
-        made: MessageBroker = member(directory, synchronous=config.journal_synchronous)
+        made: MessageBroker = member(
+            directory, synchronous=config.journal_synchronous, journal=journal
+        )
     elif config.broker_type == "redis":
         made = member(**_redis_options(config))
     else:

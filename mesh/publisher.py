@@ -368,7 +368,8 @@ class EventPublisher:
         out = self._outgoing.get(event.type) or self._open(event.type)
         payload = out.encode(payload_of(event))
         entered = msgspec.structs.replace(event, type=out.member, data=payload)
-        if out.durable:
+        # A request is live whatever its type: nobody waits for the answer to an old one
+        if out.durable and event.reply_to is None:
             await self._outbox.keep(out, (entered,))
         elif not out.batched:
             await self._outbox.send_alone(out, entered)

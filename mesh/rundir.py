@@ -15,7 +15,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from mesh.env import mesh_dir
+from mesh.env import journal_name, mesh_dir
 from mesh.errors import AlreadyRunningError, RunDirError
 
 if TYPE_CHECKING:
@@ -109,10 +109,9 @@ class RunDir:
         """Give a lock file's path."""
         return self.path / "run" / f"{name}.lock"
 
-    @property
-    def journal(self) -> Path:
-        """Give the file in which durable events and dead letters are kept."""
-        return self.path / "journal" / "journal.sqlite"
+    def journal(self, name: str | None = None) -> Path:
+        """Give the file in which durable events and dead letters are kept; default MESH_JOURNAL."""
+        return self.path / "journal" / f"{name or journal_name()}.sqlite"
 
     def log(self, name: str) -> Path:
         """Give an agent's log file."""

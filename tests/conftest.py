@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from mesh.events import EventType, declarations, set_declarations
+from mesh.events import EventType, declarations, set_declarations, set_delivery
 from tests.plumbing import leaks, processes
 from tests.plumbing.processes import ROOT
 from tests.plumbing.redis_server import RedisServer, find_redis
@@ -67,6 +67,7 @@ def own_schemas(request: pytest.FixtureRequest) -> Iterator[None]:
             ]
         )
     yield
+    set_delivery()
     known = {each.topic for each in before}
     set_declarations([*before, *(each for each in declarations() if each.topic not in known)])
 

@@ -55,6 +55,7 @@ class ZeroMQMessageBroker(MessageBroker):
         directory: The mesh's run directory; default MESH_DIR.
         connect_timeout_s: How long `connect` waits for the fabric.
         synchronous: NORMAL or FULL, for the journal's file.
+        journal: The journal's name within the directory; default MESH_JOURNAL.
     """
 
     fabric: ClassVar[str] = "zmq"
@@ -65,12 +66,14 @@ class ZeroMQMessageBroker(MessageBroker):
         *,
         connect_timeout_s: float = 15.0,
         synchronous: Synchronous = "NORMAL",
+        journal: str | None = None,
     ) -> None:
         """Begin unconnected."""
         super().__init__()
         self._rundir = RunDir(directory or mesh_dir())
         self._connect_timeout_s = connect_timeout_s
         self._synchronous = synchronous
+        self._journal_name = journal
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._receivers: dict[bytes, tuple[Receiver, ...]] = {}
         self._names: dict[bytes, str] = {}
@@ -120,7 +123,9 @@ class ZeroMQMessageBroker(MessageBroker):
         """Give the journal of the run directory: one SQLite file."""
         from mesh.journals.sqlite import SQLiteJournal
 
-        return SQLiteJournal(self._rundir.ensure().journal, synchronous=self._synchronous)
+        return SQLiteJournal(
+            self._rundir.ensure().journal(self._journal_name), synchronous=self._synchronous
+        )
 
     async def _close(self) -> None:
         await self._close_channels()
