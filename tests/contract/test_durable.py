@@ -76,12 +76,13 @@ async def running(
     agent = kind(AgentContext(name=name, broker=broker, config=config))
     await agent.open()
     agent.context.gate.set()
-    working = asyncio.create_task(agent.work())
     try:
-        yield agent
+        # A source that fails ends the test instead of being waited for
+        async with asyncio.TaskGroup() as tasks:
+            working = tasks.create_task(agent.work())
+            yield agent
+            working.cancel()
     finally:
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
         await agent.close()
 
 
