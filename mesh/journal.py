@@ -172,7 +172,7 @@ class Journal(ABC):
 
     #: The name of the fabric it belongs to, as in the configuration.
     fabric: ClassVar[str]
-    features: ClassVar[frozenset[Feature]]
+    features: frozenset[Feature]
 
     #: Called (on the loop) with the topics of what was just appended or freed here, so that whoever
     #: joins the parts can wake the readers of other processes. Readers here wake by themselves.

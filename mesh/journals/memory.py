@@ -152,7 +152,7 @@ class MemoryJournal(LocalJournal):
     """
 
     fabric: ClassVar[str] = "memory"
-    features: ClassVar[frozenset[Feature]] = frozenset({Feature.ATOMIC})
+    features = frozenset({Feature.ATOMIC})
 
     def __init__(self, store: MemoryStore | None = None) -> None:
         """Begin unconnected."""

@@ -57,9 +57,7 @@ class SQLiteJournal(LocalJournal):
     """
 
     fabric: ClassVar[str] = "zmq"
-    features: ClassVar[frozenset[Feature]] = frozenset(
-        {Feature.PERSISTENT, Feature.SHARED, Feature.ATOMIC}
-    )
+    features = frozenset({Feature.PERSISTENT, Feature.SHARED, Feature.ATOMIC})
 
     def __init__(
         self,

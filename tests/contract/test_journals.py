@@ -14,6 +14,7 @@ from mesh.journal import MAX_UNSETTLED, PARTITIONS, DeadQuery, Record, Step, par
 from tests.plumbing.journals import (
     JournalFabric,
     MemoryFabric,
+    RedisFabric,
     SQLiteFabric,
     drain,
     ids,
@@ -31,11 +32,15 @@ if TYPE_CHECKING:
     from mesh.journal import Delivery, Journal
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.redis)])
 async def fabric(request: pytest.FixtureRequest, rundir: Path) -> AsyncIterator[JournalFabric]:
-    made: JournalFabric = (
-        MemoryFabric() if request.param == "memory" else SQLiteFabric(rundir / "journal.db")
-    )
+    made: JournalFabric
+    if request.param == "memory":
+        made = MemoryFabric()
+    elif request.param == "sqlite":
+        made = SQLiteFabric(rundir / "journal.db")
+    else:
+        made = RedisFabric(url=request.getfixturevalue("redis_url"))
     yield made
     await made.close()
 
