@@ -142,7 +142,7 @@ def redis_home(worker_id: str) -> Iterator[str]:
         if os.environ.get("CI") == "true":
             pytest.fail(missing)
         pytest.skip(missing)
-    server = RedisServer()
+    server = RedisServer(append_only=True)
     try:
         yield server.start().url
     finally:
