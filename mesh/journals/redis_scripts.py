@@ -129,38 +129,42 @@ local function keep_records()
     end
   end
   if #fresh == 0 then return known end
+  -- Only what is kept is known: an id without its event would be an event lost
   local new = {}
-  for at, record in ipairs(fresh) do new[at] = record[2] end
-  in_parts(new, function(first, last) call('SADD', KEYS[plan.ids], unpack(new, first, last)) end)
-  if plan.clock then
-    -- One order over all streams; never behind what was given out, whatever the clock does
-    local ms, seq, now = 0, -1, now_ms()
-    local last = call('GET', KEYS[plan.clock])
-    if last then
-      ms, seq = string.match(last, '^(%d+)-(%d+)$')
-      ms, seq = tonumber(ms), tonumber(seq)
-    end
-    if now > ms then ms, seq = now, -1 end
-    local prefix = text(ms) .. '-'
-    for _, record in ipairs(fresh) do
-      seq = seq + 1
-      local key = KEYS[record[1]]
-      local added = pcall('XADD', key, prefix .. seq, 'id', record[2], 'event', ARGV[record[3]])
-      if type(added) == 'table' and added.err then
-        if not string.find(added.err, 'equal or smaller', 1, true) then error(added.err) end
-        -- A stranger has added here in this very millisecond
-        local top = map(call('XINFO', 'STREAM', key))['last-generated-id']
-        ms, seq = string.match(top, '^(%d+)-(%d+)$')
-        prefix, seq = ms .. '-', tonumber(seq) + 1
-        call('XADD', key, prefix .. seq, 'id', record[2], 'event', ARGV[record[3]])
-      end
-    end
-    call('SET', KEYS[plan.clock], prefix .. seq)
-  else
-    for _, record in ipairs(fresh) do
-      call('XADD', KEYS[record[1]], '*', 'id', record[2], 'event', ARGV[record[3]])
-    end
+  local function remember()
+    in_parts(new, function(first, last) call('SADD', KEYS[plan.ids], unpack(new, first, last)) end)
   end
+  -- One order over streams; never behind what was given out, whatever the clock does
+  local ms, seq, now = 0, -1, now_ms()
+  local last = call('GET', KEYS[plan.clock])
+  if last then
+    ms, seq = string.match(last, '^(%d+)-(%d+)$')
+    ms, seq = tonumber(ms), tonumber(seq)
+  end
+  if now > ms and not plan.ms then ms, seq = now, -1 end
+  local prefix = text(ms) .. '-'
+  for _, record in ipairs(fresh) do
+    seq = seq + 1
+    if plan.ms and (plan.ms > ms or (plan.ms == ms and record[4] > seq)) then
+      ms, seq, prefix = plan.ms, record[4], text(plan.ms) .. '-'
+    end
+    local key = KEYS[record[1]]
+    local added = pcall('XADD', key, prefix .. seq, 'id', record[2], 'event', ARGV[record[3]])
+    if type(added) == 'table' and added.err then
+      if not string.find(added.err, 'equal or smaller', 1, true) then
+        remember()
+        error(added.err)
+      end
+      -- A stranger has added here in this very millisecond
+      local top = map(call('XINFO', 'STREAM', key))['last-generated-id']
+      ms, seq = string.match(top, '^(%d+)-(%d+)$')
+      prefix, ms, seq = ms .. '-', tonumber(ms), tonumber(seq) + 1
+      call('XADD', key, prefix .. seq, 'id', record[2], 'event', ARGV[record[3]])
+    end
+    new[#new + 1] = record[2]
+  end
+  remember()
+  call('SET', KEYS[plan.clock], prefix .. seq)
   -- Two generations of ids: the older one is forgotten when the newer one is full
   if call('SCARD', KEYS[plan.ids]) >= plan.remember then
     call('UNLINK', KEYS[plan.ids + 1])
@@ -192,7 +196,7 @@ for _, acks in ipairs(plan.acks or {}) do
   end)
 end
 wake()
-return {0, known}
+return {0, known, plan.ms and text(now_ms()), plan.ms and call('GET', KEYS[plan.clock])}
 """,
 )
 

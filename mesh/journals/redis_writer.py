@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from mesh.deadletters import encode_letter
+from mesh.journal import PARTITIONS
+from mesh.journals.redis_clock import ClusterClock
 from mesh.journals.redis_consumers import name_of
+from mesh.journals.redis_entries import spot_of
 from mesh.journals.redis_scripts import COMMIT
 
 if TYPE_CHECKING:
@@ -114,6 +118,7 @@ class Writer:
         self._store = store
         self._keys = keys
         self._remembered_ids = remembered_ids
+        self.clock = ClusterClock()
 
     async def append(self, records: Sequence[Record]) -> int:
         """Keep events; gives how many were new."""
@@ -161,7 +166,7 @@ class Writer:
     async def _settle(self, group: str, settlement: _Settlement) -> list[Lane]:
         weight = sum(len(record.frame) + _RECORD_BYTES for record in settlement.records)
         async with self._store.room(weight):
-            if self._store.place.cluster:
+            if self._keys.cluster:
                 return await self._settle_in_parts(group, settlement)
             changes = _Changes()
             self._plan_fences(changes, group, settlement.lanes)
@@ -178,23 +183,28 @@ class Writer:
             return [by_key[changes.keys[number - 1]] for number in found]
 
     async def _keep(self, records: Sequence[Record]) -> int:
-        """Keep events, those of each part in one call."""
-        parts: dict[Any, list[Record]] = {None: list(records)}
-        if self._store.place.cluster:
-            parts = {}
-            for record in records:
-                parts.setdefault((record.topic, record.partition), []).append(record)
-        calls = []
+        """Keep events; on a cluster those of each partition in a call of their own."""
+        if not self._keys.cluster:
+            changes = _Changes()
+            self._plan_records(changes, records)
+            return len(records) - len((await self._run(changes))[1])
+        parts: dict[int, list[tuple[int, Record]]] = {}
+        ms, first = self.clock.take(len(records))
+        for seq, record in enumerate(records, first):
+            parts.setdefault(record.partition, []).append((seq, record))
+        topics = self._keys.topics
+        calls = [self._store.call(topics, "SADD", topics, *{record.topic for record in records})]
         for part in parts.values():
             changes = _Changes()
-            self._plan_records(changes, part)
+            self._plan_records(changes, [record for _, record in part], [seq for seq, _ in part])
+            changes.plan["ms"] = ms
             calls.append(self._run(changes))
-        if self._store.place.cluster and records:
-            topics = self._keys.topics
-            names = sorted({record.topic for record in records})
-            calls.append(self._store.call(topics, "SADD", topics, *names))
-        replies = await asyncio.gather(*calls)
-        return len(records) - sum(len(reply[1]) for reply in replies[: len(parts)])
+        known = 0
+        for _, found, now_ms, last in (await asyncio.gather(*calls))[1:]:
+            known += len(found)
+            self.clock.tell(int(now_ms))
+            self.clock.observe(spot_of(last))
+        return len(records) - known
 
     # -- on a cluster: outputs first, acks last ------------------------------------------------
 
@@ -215,16 +225,21 @@ class Writer:
     async def _on_lanes(
         self, group: str, settlement: _Settlement, *, fences_only: bool
     ) -> list[Lane]:
-        lanes = list(settlement.lanes)
-        calls = []
-        for lane in lanes:
+        by_key = {lane.key: lane for lane in settlement.lanes}
+        calls, all_changes = [], []
+        for part in self._keys.parts(by_key):
+            lanes = [by_key[key] for key in part]
             changes = _Changes()
-            self._plan_fences(changes, group, [lane])
+            self._plan_fences(changes, group, lanes)
             if not fences_only:
-                self._plan_acks(changes, settlement, [lane])
+                self._plan_acks(changes, settlement, lanes)
             calls.append(self._run(changes))
-        replies = await asyncio.gather(*calls)
-        return [lane for lane, reply in zip(lanes, replies, strict=True) if reply[0] != 0]
+            all_changes.append(changes)
+        lost = []
+        for changes, (status, found) in zip(all_changes, await asyncio.gather(*calls), strict=True):
+            if status != 0:
+                lost += [by_key[changes.keys[number - 1]] for number in found]
+        return lost
 
     # -- plans ---------------------------------------------------------------------------------
 
@@ -233,33 +248,32 @@ class Writer:
             return [0, []]
         return await self._store.run(COMMIT, changes.keys, changes.plan, changes.blobs)
 
-    def _plan_records(self, changes: _Changes, records: Sequence[Record]) -> None:
+    def _plan_records(
+        self, changes: _Changes, records: Sequence[Record], seqs: Iterable[int] = repeat(0)
+    ) -> None:
         if not records:
             return
         stream, number, blob = self._keys.stream, changes.number, changes.blob
         wakes = set()
         places: dict[tuple[str, int], int] = {}
         planned = []
-        for record in records:
+        for record, seq in zip(records, seqs, strict=False):
             place = record.topic, record.partition
             at = places.get(place)
             if at is None:
                 at = places[place] = number(stream(*place))
                 wakes.add(self._keys.channel(*place).decode())
-            planned.append((at, record.id, blob(record.frame)))
+            planned.append((at, record.id, blob(record.frame), seq))
         plan = changes.plan
         plan["records"], plan["wakes"] = planned, sorted(wakes)
-        cluster = self._store.place.cluster
-        plan["verb"] = "SPUBLISH" if cluster else "PUBLISH"
-        plan["ids"] = number(*self._keys.ids(stream(*next(iter(places)))))
-        plan["remember"] = self._remembered_ids
-        if clock := self._keys.clock():
-            plan["clock"] = number(clock)
-        if not cluster:
-            plan["topics"], plan["names"] = (
-                number(self._keys.topics),
-                sorted({topic for topic, _ in places}),
-            )
+        plan["verb"] = "SPUBLISH" if self._keys.cluster else "PUBLISH"
+        partition = records[0].partition
+        plan["ids"] = number(*self._keys.ids(partition))
+        plan["clock"] = number(self._keys.clock(partition))
+        plan["remember"] = self._remembered_ids // (PARTITIONS if self._keys.cluster else 1)
+        if not self._keys.cluster:
+            plan["topics"] = number(self._keys.topics)
+            plan["names"] = sorted({topic for topic, _ in places})
 
     def _plan_letters(self, changes: _Changes, letters: Iterable[DeadLetter]) -> None:
         planned = [

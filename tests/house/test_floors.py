@@ -46,8 +46,8 @@ DOORS = {
     "hiredis": {"redis_link.resp"},
     # The language of values here; still, who needs bytes from values asks the codec
     "msgspec": {
-        "beats", "card", "codec", "deadletters", "events", "handlers", "journals.redis_store",
-        "publisher", "supervision.*", "telemetry", "values",
+        "beats", "card", "codec", "deadletters", "events", "handlers", "journals.redis_entries",
+        "journals.redis_store", "publisher", "supervision.*", "telemetry", "values",
     },
     "opentelemetry": {"telemetry"},
     "pytest": {"testing.*"},
