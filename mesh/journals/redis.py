@@ -149,7 +149,7 @@ class RedisJournal(LocalJournal):
             silent_s=silent_s,
         )
         self._reader = Reader(store, keys, int(lease_s * 1000))
-        self._writer = Writer(store, keys, remembered_ids)
+        self._writer = Writer(store, keys, remembered_ids, self._spawn)
         self._views = Views(store, keys)
         self._consumers: dict[tuple[str, str], Consumer] = {}
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -14,6 +14,10 @@ from mesh.topics import check_topic
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from mesh.journal import Record
+
+_KNOWN_KEYS = 10_000
+
 
 class Keys:
     """
@@ -30,6 +34,7 @@ class Keys:
         self._prefix = f"legion:{mesh}:"
         self.cluster = cluster
         self._streams: dict[tuple[str, int], bytes] = {}
+        self._partitions: dict[str, int] = {}
         #: All topics that were ever appended to or declared, and all groups.
         self.topics = self._named("topics")
         self.groups = self._named("groups")
@@ -44,7 +49,19 @@ class Keys:
             known = self._streams[topic, partition] = name.encode()
         return known
 
-    def ids(self, partition: int) -> list[bytes]:
+    def partition_of(self, record: Record) -> int:
+        """Give the partition of a record; those of keys are remembered for a while."""
+        key = record.key
+        if key is None:
+            return record.partition
+        known = self._partitions.get(key)
+        if known is None:
+            if len(self._partitions) >= _KNOWN_KEYS:
+                self._partitions.clear()
+            known = self._partitions[key] = record.partition
+        return known
+
+    def memory(self, partition: int) -> list[bytes]:
         """Give the two sets of ids that appends to a partition ask: on one server, all the same."""
         return [self._shared(partition, "ids"), self._shared(partition, "ids:old")]
 

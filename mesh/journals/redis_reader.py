@@ -214,7 +214,7 @@ class Reader:
             me.begin_anew()
         entries.sort(key=_place_of)
         handed = [
-            me.hand_out(spot, lane, entry, count) for spot, lane, entry, count in entries
+            me.hand_out(lane, entry, count) for _, lane, entry, count in entries
             if me.lanes.get((lane.topic, lane.partition)) is lane
         ]  # fmt: skip
         if picks.alone and handed:
@@ -234,7 +234,7 @@ class Reader:
             fresh, again = picked[lane]
             if fresh:
                 read = lane.read + len(fresh) if lane.read >= 0 else -1
-                hands.append((number, [entry.position for entry in fresh], read))
+                hands.append((number, fresh[-1].position, read))
             claims += [(number, position_of(spot), count + 1) for spot, count in again]
         plan |= {"hands": hands, "claims": claims}
         plan["fences"] = [(number, lane.token) for number, lane in enumerate(lanes, 1)]
@@ -250,21 +250,19 @@ class Reader:
             elif status == _NO_GROUP:
                 me.drop([lanes[rest[0] - 1]])
             return []
-        missing = {(number, position.decode()) for number, position in rest[0]}
         marked: list[tuple[Any, Lane, Entry, int]] = []
-        for number, lane in enumerate(lanes, 1):
+        for lane in lanes:
             fresh, again = picked[lane]
-            lane.read += len(fresh) if lane.read >= 0 else 0
-            marked += [
-                (entry.spot, lane, entry, 1)
-                for entry in fresh
-                if (number, entry.position) not in missing
-            ]
+            counted, read = lane.read >= 0, lane.read
+            for entry in fresh:
+                read += counted
+                lane.plain[entry.position] = entry.spot, read
+                marked.append((entry.spot, lane, entry, 1))
             if fresh:
-                lane.spot = max(lane.spot, fresh[-1].spot)
+                lane.spot, lane.read = fresh[-1].spot, read
             for each in again:
                 lane.waiting.remove(each)
-        for (number, _, count), found in zip(claims, rest[1], strict=True):
+        for (number, _, count), found in zip(claims, rest[0], strict=True):
             marked += [
                 (entry.spot, lanes[number - 1], entry, count) for entry in read_entries(found)
             ]
