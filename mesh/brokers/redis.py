@@ -118,13 +118,15 @@ class RedisMessageBroker(MessageBroker):
         }
         self._place = place_of(**where, mesh=mesh)
         name = journal or journal_name()
-        self._journal_options = {
+        options = {
             **where,
             "mesh": mesh if name == DEFAULT_JOURNAL else f"{mesh}.{name}",
             "connect_timeout_s": connect_timeout_s,
             "silent_s": silent_s,
             "allow_volatile": allow_volatile,
         }
+        # Not among the attributes, where whoever prints them would print the password
+        self._journal_options = lambda: options
         self._cluster = cluster
         self._prefix = f"legion:{mesh}:live:"
         self._connect_timeout_s = connect_timeout_s
@@ -267,7 +269,7 @@ class RedisMessageBroker(MessageBroker):
         """Give the journal of the same Redis: Streams."""
         from mesh.journals.redis import RedisJournal
 
-        return RedisJournal(**self._journal_options)
+        return RedisJournal(**self._journal_options())
 
     def try_send(self, topic: str, frame: bytes) -> bool:
         """
