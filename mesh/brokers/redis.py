@@ -24,7 +24,7 @@ from mesh.redis_link.place import place_of
 from mesh.topics import check_topic
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     from mesh.broker import Receiver
@@ -126,7 +126,7 @@ class RedisMessageBroker(MessageBroker):
             "allow_volatile": allow_volatile,
         }
         # Not among the attributes, where whoever prints them would print the password
-        self._journal_options = lambda: options
+        self._journal_options: Callable[[], dict[str, Any]] = lambda: options
         self._cluster = cluster
         self._prefix = f"legion:{mesh}:live:"
         self._connect_timeout_s = connect_timeout_s
