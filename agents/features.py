@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import Any
 
 from agents.payloads import Features, Quote
 from agents.settings import Settings
@@ -32,6 +33,15 @@ class Window:
         self._sum = 0.0
         self._squares = 0.0
         self._turned = 0
+
+    def to_list(self) -> list[Any]:
+        """Give all there is to it: `from_list` goes on to the last bit as this one would."""
+        return [list(self._values), self._sum, self._squares, self._turned]
+
+    def from_list(self, kept: list[Any]) -> None:
+        """Go on where another window was."""
+        values, self._sum, self._squares, self._turned = kept
+        self._values.extend(values)
 
     def add(self, value: float) -> None:
         """Take in a value; the oldest leaves a full window."""
@@ -77,10 +87,21 @@ class FeatureAgent(Agent):
         settings.check()
         self.fast, self.slow, self.changes = Window(fast), Window(slow), Window(slow)
         self.last: float | None = None
+        # Kept where quotes are durable: a live one that this process missed is missing anyway
+        if self.has_state and (kept := self.ctx.state.get("windows")):
+            self.last = kept["last"]
+            for name, window in self._windows().items():
+                window.from_list(kept[name])
+
+    def _windows(self) -> dict[str, Window]:
+        return {"fast": self.fast, "slow": self.slow, "changes": self.changes}
 
     @on(EventType.MARKET_DATA_RECEIVED)
     async def on_quote(self, quote: Quote, event: Event) -> None:
         features = self.compute(quote)
+        if self.has_state:
+            windows = {name: window.to_list() for name, window in self._windows().items()}
+            self.ctx.state["windows"] = {"last": self.last, **windows}
         await self.publish(EventType.FEATURES_COMPUTED, features, key=event.key)
 
     def compute(self, quote: Quote) -> Features:

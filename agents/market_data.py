@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from agents.feed import Feed, Row
 from agents.payloads import FeedReport, Quote
 from agents.settings import Settings
-from mesh import Agent, EventType, run, source
+from mesh import Agent, EventType, is_durable, run, source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +41,10 @@ class MarketData(Agent):
         if self.params.get("speed", "max" if path else "1") != "max":
             self.speed = settings.number("speed", 1.0, 1e-3, 1e9)
         settings.check()
+        #: Where quotes are durable, how far they got is kept together with them.
+        self.durable = is_durable(EventType.MARKET_DATA_RECEIVED)
+        if self.durable:
+            await self.keep_state()
         if path:
             self.feed = Feed(Path(path))
             await asyncio.to_thread(self.feed.check)
@@ -49,20 +53,39 @@ class MarketData(Agent):
     async def stream(self) -> None:
         rows = self.feed.rows() if self.feed else synthetic(self.seed, self.bars)
         # After a crash: what this name has said already is not said twice
-        said = self.published(EventType.MARKET_DATA_RECEIVED)
+        said = (
+            self.ctx.state.get("rows", 0)
+            if self.durable
+            else self.published(EventType.MARKET_DATA_RECEIVED)
+        )
         rows = islice(rows, said, None)
         number, before = said, None
         while chunk := await asyncio.to_thread(lambda: list(islice(rows, self._chunk_size()))):
+            if self.durable and not self.speed:
+                async with self.step(f"rows from {number}") as ctx:
+                    for row in chunk:
+                        number += 1
+                        await self._say(number, row)
+                    ctx.state["rows"] = number
+                continue
             for row in chunk:
                 number += 1
                 if self.speed and before is not None:
                     await self.clock.sleep((row.time - before).total_seconds() / self.speed)
                 before = row.time
-                quote = Quote(self.symbol, number, row.time.isoformat(), row.bid, row.ask)
-                await self.publish(EventType.MARKET_DATA_RECEIVED, quote, key=self.symbol)
+                if self.durable:
+                    async with self.step(f"row {number}") as ctx:
+                        await self._say(number, row)
+                        ctx.state["rows"] = number
+                else:
+                    await self._say(number, row)
             if not self.speed:
                 await self.headroom()
         await self._report(number)
+
+    async def _say(self, number: int, row: Row) -> None:
+        quote = Quote(self.symbol, number, row.time.isoformat(), row.bid, row.ask)
+        await self.publish(EventType.MARKET_DATA_RECEIVED, quote, key=self.symbol)
 
     def _chunk_size(self) -> int:
         return 1 if self.speed and not self.feed else _CHUNK

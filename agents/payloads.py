@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
-from mesh import EventType, declare_schema, event_type
+from mesh import EventType, declare_durable, declare_schema, event_type
 
 
 class Quote(msgspec.Struct, frozen=True):
@@ -123,6 +123,10 @@ declare_schema(EventType.ORDER_EXECUTED, Fill)
 declare_schema(EventType.POSITION_CHANGED, Position)
 declare_schema(EventType.PORTFOLIO_UPDATED, Portfolio)
 declare_schema(EventType.MARKET_FEED_LOST, FeedReport)
+
+# A signal becomes money: what risk has not seen yet must outlive it. All that follows from one is
+# durable anyway
+declare_durable(EventType.SIGNAL_GENERATED)
 
 #: Asks the portfolio for its final account; answered with a reply.
 REPORT_REQUESTED = event_type(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from agents.payloads import REPORT_REQUESTED, Fill, Portfolio, Position
@@ -47,10 +47,12 @@ class PortfolioAgent(Agent):
     """Hears fills, says positions and profit; answers for its account."""
 
     async def setup(self) -> None:
-        self.books: dict[str, Book] = {}
-        self.fills = 0
-        self.fees_cents = 0
-        self.digest = hashlib.sha256()
+        kept = self.ctx.state.get("account", {})
+        self.books = {symbol: Book(**book) for symbol, book in kept.get("books", {}).items()}
+        self.fills: int = kept.get("fills", 0)
+        self.fees_cents: int = kept.get("fees_cents", 0)
+        #: Each fill is hashed together with the digest before it: it can be kept and gone on with.
+        self.digest: bytes = kept.get("digest", b"")
 
     @on(EventType.ORDER_EXECUTED)
     async def on_fill(self, fill: Fill, event: Event) -> None:
@@ -59,7 +61,13 @@ class PortfolioAgent(Agent):
         self.fills += 1
         self.fees_cents += fill.fee_cents
         line = f"{fill.order_id},{fill.time},{fill.quantity},{fill.price!r},{fill.fee_cents}\n"
-        self.digest.update(line.encode())
+        self.digest = hashlib.sha256(self.digest + line.encode()).digest()
+        self.ctx.state["account"] = {
+            "books": {symbol: asdict(book) for symbol, book in self.books.items()},
+            "fills": self.fills,
+            "fees_cents": self.fees_cents,
+            "digest": self.digest,
+        }
         position = Position(fill.symbol, book.quantity, book.average_price)
         await self.publish(EventType.POSITION_CHANGED, position, key=event.key)
         await self.publish(EventType.PORTFOLIO_UPDATED, self.summary(), key=event.key)
@@ -84,7 +92,7 @@ class PortfolioAgent(Agent):
         net = summary.realised_cents + summary.unrealised_cents - summary.fees_cents
         return {
             "fills": self.fills,
-            "fills_digest": self.digest.hexdigest(),
+            "fills_digest": self.digest.hex(),
             "realised_pnl": summary.realised_cents / 100,
             "unrealised_pnl": summary.unrealised_cents / 100,
             "fees": summary.fees_cents / 100,

@@ -27,12 +27,23 @@ class Risk(Agent):
         self.max_orders = settings.whole("max_orders", 60, 1, 10**9)
         self.max_loss = settings.number("max_loss", 1e6, 0, 1e15)
         settings.check()
+        kept = self.ctx.state.get("limits", {})
         #: What is held if everything approved was filled: the money path has no way back to here.
-        self.position = 0
-        self.cash = 0.0
-        self.order_times: deque[datetime] = deque()
-        self.halted = False
-        self.orders = 0
+        self.position: int = kept.get("position", 0)
+        self.cash: float = kept.get("cash", 0.0)
+        self.order_times = deque(map(datetime.fromisoformat, kept.get("order_times", ())))
+        self.halted: bool = kept.get("halted", False)
+        self.orders: int = kept.get("orders", 0)
+
+    def keep(self) -> None:
+        """Keep what limits are used, together with the signal that used them."""
+        self.ctx.state["limits"] = {
+            "position": self.position,
+            "cash": self.cash,
+            "order_times": [time.isoformat() for time in self.order_times],
+            "halted": self.halted,
+            "orders": self.orders,
+        }
 
     @on(EventType.SIGNAL_GENERATED, priority=HandlerPriority.CRITICAL)
     async def on_signal(self, signal: Signal, event: Event) -> None:
@@ -43,12 +54,14 @@ class Risk(Agent):
         if self._breaks_loss(quote):
             breach = Breach(quote, "max_loss", -self.worth(quote), self.max_loss)
             await self.publish(EventType.RISK_LIMIT_BREACHED, breach, key=event.key)
+            self.keep()
         reason = self.objection(quote, quantity)
         if reason is not None:
             rejection = Rejection(quote, quantity, reason)
             await self.publish(EventType.TRADE_REJECTED, rejection, key=event.key)
             return
         approval = self.approve(quote, quantity)
+        self.keep()
         await self.publish(EventType.TRADE_APPROVED, approval, key=event.key)
 
     def objection(self, quote: Quote, quantity: int) -> str | None:

@@ -19,7 +19,7 @@ class Signals(Agent):
         settings = Settings(self.params)
         self.band = settings.number("band", 0.5, 0, 1000)
         settings.check()
-        self.target = 0
+        self.target: int = self.ctx.state.get("target", 0) if self.has_state else 0
 
     @on(EventType.FEATURES_COMPUTED, priority=HandlerPriority.HIGH)
     async def on_features(self, features: Features, event: Event) -> None:
@@ -39,6 +39,8 @@ class Signals(Agent):
         if target == self.target:
             return None
         self.target = target
+        if self.has_state:
+            self.ctx.state["target"] = target
         return Signal(features.quote, target, distance)
 
 

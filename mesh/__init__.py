@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mesh.brokers.zeromq import ZeroMQMessageBroker
     from mesh.config import MessageBusConfig
     from mesh.consumer import ConsumerConfig, EventConsumer
+    from mesh.context import HandlerContext
     from mesh.deadletters import DeadLetter, DeadLetters
     from mesh.errors import (
         AccessDeniedError,
@@ -37,14 +38,23 @@ if TYPE_CHECKING:
         RunDirError,
         TopicError,
     )
-    from mesh.events import Event, EventType, declare_schema, event_type
+    from mesh.events import (
+        Event,
+        EventType,
+        declare_durable,
+        declare_schema,
+        event_type,
+        is_durable,
+    )
     from mesh.factory import MessageBus, MessageBusFactory
     from mesh.filters import Filter
     from mesh.handlers import EventHandlerRegistry, HandlerPriority
     from mesh.inprocess import InProcessMesh
     from mesh.launch import launch
+    from mesh.outcomes import Reject, Retry, Skip
     from mesh.publisher import EventPublisher, PublisherConfig
     from mesh.requests import Requester
+    from mesh.retry import RetryPolicy
     from mesh.runtime import run
     from mesh.workers import OffloadError, OffloadTimeoutError
 
@@ -58,6 +68,7 @@ _HOMES = {
     "mesh.brokers.zeromq": ("ZeroMQMessageBroker",),
     "mesh.config": ("MessageBusConfig",),
     "mesh.consumer": ("ConsumerConfig", "EventConsumer"),
+    "mesh.context": ("HandlerContext",),
     "mesh.deadletters": ("DeadLetter", "DeadLetters"),
     "mesh.errors": (
         "AccessDeniedError",
@@ -76,14 +87,23 @@ _HOMES = {
         "RunDirError",
         "TopicError",
     ),
-    "mesh.events": ("Event", "EventType", "declare_schema", "event_type"),
+    "mesh.events": (
+        "Event",
+        "EventType",
+        "declare_durable",
+        "declare_schema",
+        "event_type",
+        "is_durable",
+    ),
     "mesh.factory": ("MessageBus", "MessageBusFactory"),
     "mesh.filters": ("Filter",),
     "mesh.handlers": ("EventHandlerRegistry", "HandlerPriority"),
     "mesh.inprocess": ("InProcessMesh",),
     "mesh.launch": ("launch",),
+    "mesh.outcomes": ("Reject", "Retry", "Skip"),
     "mesh.publisher": ("EventPublisher", "PublisherConfig"),
     "mesh.requests": ("Requester",),
+    "mesh.retry": ("RetryPolicy",),
     "mesh.runtime": ("run",),
     "mesh.workers": ("OffloadError", "OffloadTimeoutError"),
 }
@@ -109,6 +129,7 @@ __all__ = [
     "EventType",
     "Filter",
     "FrameError",
+    "HandlerContext",
     "HandlerPriority",
     "HandlerSignatureError",
     "InMemoryMessageBroker",
@@ -124,15 +145,21 @@ __all__ = [
     "PayloadError",
     "PublisherConfig",
     "RedisMessageBroker",
+    "Reject",
     "RequestTimeoutError",
     "Requester",
+    "Retry",
+    "RetryPolicy",
     "RunDirError",
+    "Skip",
     "TopicError",
     "ZeroMQMessageBroker",
+    "declare_durable",
     "declare_schema",
     "event_type",
     "every",
     "filters",
+    "is_durable",
     "launch",
     "middleware",
     "on",

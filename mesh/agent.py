@@ -15,6 +15,7 @@ that is chosen outside (`mesh up`, `mesh.launch`, `mesh.inprocess`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from mesh.clock import SYSTEM_CLOCK
 from mesh.config import MessageBusConfig
 from mesh.consumer import ConsumerConfig, EventConsumer
+from mesh.context import HandlerContext, current_context
 from mesh.deadletters import DeadLetters
 from mesh.errors import HandlerSignatureError, PayloadError
 from mesh.handlers import EventHandlerRegistry, HandlerPriority, signature_of
@@ -33,7 +35,15 @@ from mesh.topics import check_topic
 from mesh.values import Value, field
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Coroutine,
+        Iterable,
+        Mapping,
+        Sequence,
+    )
     from pathlib import Path
 
     from mesh.broker import MessageBroker
@@ -41,6 +51,7 @@ if TYPE_CHECKING:
     from mesh.events import Event
     from mesh.filters import Filter
     from mesh.handlers import Middleware
+    from mesh.retry import RetryPolicy
     from mesh.workers import WorkerPool
 
 _Method = TypeVar("_Method", bound="Callable[..., Awaitable[Any]]")
@@ -60,6 +71,7 @@ class _Marked(Value, frozen=True):
     priority: HandlerPriority
     timeout_s: float | None
     max_retries: int | None
+    retry: RetryPolicy | None
     middleware: tuple[Middleware, ...]
 
 
@@ -69,6 +81,7 @@ def on(
     filter: Filter | Callable[[Event], bool] | None = None,
     timeout_s: float | None = None,
     max_retries: int | None = None,
+    retry: RetryPolicy | None = None,
     middleware: Sequence[Middleware] = (),
 ) -> Callable[[_Method], _Method]:
     """
@@ -80,6 +93,7 @@ def on(
         filter: Only events for which this holds (see `mesh.filters`).
         timeout_s: Cancel the handler after so many seconds; default: the settings' limit.
         max_retries: Tries after the first failed; default: the settings'.
+        retry: How often, how fast and after which errors to try again; instead of `max_retries`.
         middleware: Around this handler only, the first outermost.
 
     Raises:
@@ -90,7 +104,12 @@ def on(
         raise HandlerSignatureError("@on needs event types: @on(EventType.MARKET_DATA_RECEIVED)")
     layers = (*((only(filter),) if filter is not None else ()), *middleware)
     marked = _Marked(
-        tuple(check_topic(name) for name in event_types), priority, timeout_s, max_retries, layers
+        tuple(check_topic(name) for name in event_types),
+        priority,
+        timeout_s,
+        max_retries,
+        retry,
+        layers,
     )
 
     def mark(method: _Method) -> _Method:
@@ -136,6 +155,8 @@ class AgentContext(Value, frozen=True, kw_only=True):
 
     name: str
     broker: MessageBroker
+    #: What replicas of one agent share; default: the name.
+    group: str | None = None
     config: MessageBusConfig = field(default_factory=MessageBusConfig)
     clock: Clock = SYSTEM_CLOCK
     params: Mapping[str, str] = field(default_factory=dict)
@@ -153,7 +174,7 @@ class Agent:
     """
     Base class of agents. Override nothing to begin with; mark methods.
 
-    Class attributes that may be set: `name`, `concurrency`, `overflow`, `buffer_size`.
+    Class attributes that may be set: `name`, `concurrency`, `overflow`, `buffer_size`, `start`.
     """
 
     #: Default: what the process was started as, else the script's name.
@@ -164,6 +185,8 @@ class Agent:
     overflow: ClassVar[str | None] = None
     #: Events that may wait; default: the settings'.
     buffer_size: ClassVar[int | None] = None
+    #: Where this agent begins with durable types it has never heard: ``now`` or ``earliest``.
+    start: ClassVar[str] = "now"
 
     def __init_subclass__(cls, **options: Any) -> None:
         """
@@ -189,7 +212,7 @@ class Agent:
         self.log = logging.getLogger(f"agent.{context.name}")
         self.registry = EventHandlerRegistry(context.middleware)
         config = context.config
-        self._dead_letters = context.dead_letters or DeadLetters(context.name)
+        self._dead_letters = context.dead_letters or DeadLetters(context.name, context.broker.bury)
         self.publisher = EventPublisher(
             PublisherConfig(
                 agent_name=context.name,
@@ -215,6 +238,10 @@ class Agent:
                 concurrency=self.concurrency,
                 handler_timeout_s=config.handler_timeout_s,
                 drain_timeout_s=config.drain_timeout_s,
+                group=context.group,
+                start=self.start,
+                max_deliveries=config.max_deliveries,
+                max_hops=config.max_hops,
                 clock=context.clock,
                 ledger=context.ledger,
                 dead_letters=self._dead_letters,
@@ -249,6 +276,67 @@ class Agent:
         return self.publisher.publish(
             event_type, data, correlation_id, key=key, expires_in_s=expires_in_s
         )
+
+    @property
+    def ctx(self) -> HandlerContext:
+        """
+        Give what there is to know of the event that is being handled, and the agent's state.
+
+        ``ctx.state["name"]`` is kept together with the settling of the event; outside of handlers
+        of durable events it is committed soon. ``ctx.idempotency_key``, ``ctx.attempt``,
+        ``ctx.deliveries``.
+
+        Raises:
+            ConfigurationError: This agent keeps no state, and no durable event is being handled.
+        """
+        context = current_context.get()
+        return context if context is not None else self.consumer.loose_context()
+
+    @property
+    def has_state(self) -> bool:
+        """Say whether `ctx.state` is kept: always when something durable is heard."""
+        return self.consumer.has_state
+
+    async def keep_state(self) -> None:
+        """
+        Keep `ctx.state` although nothing durable is heard; call it in `setup`.
+
+        Raises:
+            BrokerUnavailableError: The journal does not answer.
+        """
+        await self.consumer.prepare(keep_state=True)
+
+    @contextlib.asynccontextmanager
+    async def step(self, cause: str | None = None) -> AsyncIterator[HandlerContext]:
+        """
+        Make what a source or timer publishes and writes one step: all of it is kept, or nothing.
+
+        ::
+
+            async with self.step() as ctx:
+                await self.publish(ORDER, order)
+                ctx.state["row"] = row
+
+        Durable events and state only; live events leave at once. What raises keeps nothing.
+
+        Args:
+            cause: Names what is done (``"row 7"``): doing it again publishes the same events again,
+                which the journal then knows. Needed where a step is not one transaction (a Redis
+                Cluster).
+
+        Raises:
+            ConfigurationError: This agent keeps no state.
+            BrokerUnavailableError: The journal does not answer; nothing is kept.
+        """
+        known = self.consumer.loose_context()
+        context = HandlerContext(self.name, known.known, cause=cause)
+        before = current_context.set(context)
+        try:
+            yield context
+        finally:
+            context.is_open = False
+            current_context.reset(before)
+        await self.consumer.commit(context)
 
     async def publish_batch(self, events: Iterable[tuple[str, Any]]) -> int:
         """Publish many events in order, far cheaper each; see `EventPublisher.publish_batch`."""
@@ -338,7 +426,14 @@ class Agent:
         ledger.set("state", STATES.index("starting"))
         ledger.set("started_mono_ms", int(self.clock.mono_s() * 1000))
         ledger.set("sources", SOURCES.index("waiting" if self.has_source() else "none"))
+        await self._register()
+        # What was kept is there when `setup` looks for it
+        await self.consumer.prepare()
         await self.setup()
+        await self.consumer.start()
+        ledger.set("state", STATES.index("ready"))
+
+    async def _register(self) -> None:
         for name, method in _marked_methods(type(self)):
             for marked in getattr(method, _ON, ()):
                 for topic in marked.topics:
@@ -350,10 +445,9 @@ class Agent:
                         marked.priority,
                         timeout_s=marked.timeout_s,
                         max_retries=marked.max_retries,
+                        retry=marked.retry,
                         middleware=marked.middleware,
                     )
-        await self.consumer.start()
-        ledger.set("state", STATES.index("ready"))
 
     async def work(self) -> None:
         """Run timers and sources; returns when all sources have, and never with a timer."""
@@ -386,7 +480,7 @@ class Agent:
         if self._workers is not None:
             await self._workers.close()
         await self.publisher.close()
-        self._dead_letters.close()
+        await self._dead_letters.close()
         ledger.set("state", STATES.index("stopped"))
 
     async def _run_sources(self, sources: list[Callable[[], Awaitable[None]]]) -> None:

@@ -9,6 +9,7 @@ A broker moves frames and knows nothing of handlers, retries or spans. Its membe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import logging
 from abc import ABC, abstractmethod
@@ -16,18 +17,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from mesh import codec
 from mesh.clock import SYSTEM_CLOCK
-from mesh.errors import BackpressureError, ClosedError, FrameError, NotConnectedError
+from mesh.errors import BackpressureError, ClosedError, FrameError, MeshError, NotConnectedError
 from mesh.events import Event
-from mesh.topics import check_topic
+from mesh.journal import Feature
+from mesh.topics import MAX_TOPIC_LENGTH, PRIVATE_PREFIX, check_topic
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
     from types import TracebackType
+
+    from mesh.deadletters import DeadLetter
+    from mesh.journal import Journal
 
 _log = logging.getLogger(__name__)
 
 #: How long a publisher waits for a full fabric before it gives up.
 PUBLISH_TIMEOUT_S = 10.0
+#: Under this and a topic's name travels the news that the journal holds more of it.
+WAKE_PREFIX = f"{PRIVATE_PREFIX}kept."
 
 
 class Receiver(Protocol):
@@ -58,6 +65,8 @@ class MessageBroker(ABC):
         """Begin unconnected."""
         self._closed = False
         self._channels: dict[str, list[_Channel]] = {}
+        self._journal: Journal | None = None
+        self._opening = asyncio.Lock()
 
     # -- what a member brings ------------------------------------------------------------------
 
@@ -111,6 +120,10 @@ class MessageBroker(ABC):
         """
 
     @abstractmethod
+    def make_journal(self) -> Journal:
+        """Make the journal of the same fabric, not connected: what `open_journal` opens."""
+
+    @abstractmethod
     async def _close(self) -> None:
         """Leave the fabric."""
 
@@ -121,7 +134,52 @@ class MessageBroker(ABC):
         if self._closed:
             return
         self._closed = True
+        if self._journal is not None:
+            await self._journal.close()
         await self._close()
+
+    async def open_journal(self) -> Journal:
+        """
+        Give the fabric's journal, which keeps durable events; opened when first asked for.
+
+        It is closed with the broker. Where its readers in other processes cannot wake by
+        themselves, wake-ups travel over the broker.
+
+        Raises:
+            ConfigurationError: The store cannot keep what it promises; the message says why.
+            BrokerUnavailableError: It does not answer.
+        """
+        async with self._opening:
+            if self._closed:
+                self._require_open(connected=True)
+            if self._journal is None:
+                journal = self.make_journal()
+                await journal.connect()
+                if Feature.SHARED in journal.features and Feature.REMOTE not in journal.features:
+                    journal.on_append = self._tell_readers
+                self._journal = journal
+            return self._journal
+
+    async def bury(self, letters: Sequence[DeadLetter]) -> None:
+        """
+        Keep dead letters in the fabric's journal.
+
+        Raises:
+            BrokerUnavailableError: It does not answer.
+        """
+        await (await self.open_journal()).bury(letters)
+
+    async def wake_on_append(self, topics: Collection[str]) -> None:
+        """Let this process's journal look again when another process has appended to a topic."""
+        journal = await self.open_journal()
+        if journal.on_append is not None:
+            await self.attach([_wake_topic(topic) for topic in topics], _Waker(journal))
+
+    def _tell_readers(self, topics: Collection[str]) -> None:
+        # A fabric that is away or full loses a wake-up; readers look once a second all the same
+        with contextlib.suppress(MeshError):
+            for topic in topics:
+                self.try_send(_wake_topic(topic), b"!")
 
     async def send(self, topic: str, frame: bytes, timeout_s: float = PUBLISH_TIMEOUT_S) -> None:
         """
@@ -209,6 +267,24 @@ class MessageBroker(ABC):
     ) -> None:
         """Close."""
         await self.close()
+
+
+def _wake_topic(topic: str) -> str:
+    # Cut where a topic is too long; whoever is woken for another one's sake looks in vain once
+    return (WAKE_PREFIX + topic)[:MAX_TOPIC_LENGTH]
+
+
+class _Waker:
+    """Hands wake-ups on to a journal."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def receive(self, topic: str, frame: bytes) -> None:
+        self._journal.wake()
+
+    def has_room(self) -> bool:
+        return True
 
 
 class _Channel:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from mesh.env import environment
 from mesh.errors import ConfigurationError
 from mesh.inbox import OVERFLOWS
+from mesh.topics import is_topic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ BROKER_TYPES = ("memory", "zmq", "redis")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 WIRE_FORMATS = ("msgpack", "json")
 TRACING = ("auto", "on", "off")
+SYNCHRONOUS = ("NORMAL", "FULL")
 _YES = ("1", "true", "yes", "on")
 _NO = ("0", "false", "no", "off")
 MASK = "***"
@@ -64,6 +66,21 @@ class MessageBusConfig:
     consumer_overflow: str = "block"
     handler_timeout_s: float = 30.0
     drain_timeout_s: float = 8.0
+    #: Types that are delivered durably whatever they are declared; ``order.*`` and ``*`` are known.
+    durable_events: tuple[str, ...] = ()
+    #: Types declared durable that may travel live all the same: the only way around a promise.
+    allow_downgrade: tuple[str, ...] = ()
+    #: A durable event whose handling has killed its agent so often is put aside.
+    max_deliveries: int = 5
+    #: An event with so many handlers behind it goes in circles, and is put aside.
+    max_hops: int = 32
+    #: ``NORMAL`` survives the death of any process, ``FULL`` a power cut as well (SQLite).
+    journal_synchronous: str = "NORMAL"
+    #: Settled events are forgotten after so long, and before that over so many bytes.
+    journal_max_age_s: float = 7 * 86_400.0
+    journal_max_bytes: int = 4 * 1024**3
+    #: Keep durable events in a Redis without persistence, which forgets them when it restarts.
+    redis_allow_volatile: bool = False
     log_level: str = "INFO"
     log_events: bool = True
     wire_format: str = "msgpack"
@@ -147,6 +164,14 @@ VARIABLES = {
     "consumer_overflow": "LEGION_CONSUMER_OVERFLOW",
     "handler_timeout_s": "LEGION_HANDLER_TIMEOUT_S",
     "drain_timeout_s": "LEGION_DRAIN_TIMEOUT_S",
+    "durable_events": "LEGION_DURABLE_EVENTS",
+    "allow_downgrade": "LEGION_ALLOW_DOWNGRADE",
+    "max_deliveries": "LEGION_MAX_DELIVERIES",
+    "max_hops": "LEGION_MAX_HOPS",
+    "journal_synchronous": "LEGION_JOURNAL_SYNCHRONOUS",
+    "journal_max_age_s": "LEGION_JOURNAL_MAX_AGE_S",
+    "journal_max_bytes": "LEGION_JOURNAL_MAX_BYTES",
+    "redis_allow_volatile": "LEGION_REDIS_ALLOW_VOLATILE",
     "log_level": "LEGION_LOG_LEVEL",
     "log_events": "LEGION_LOG_EVENTS",
     "wire_format": "LEGION_WIRE_FORMAT",
@@ -194,6 +219,10 @@ def _hosts(text: str) -> tuple[tuple[str, int], ...]:
     return tuple(pairs)
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (each.strip() for each in text.split(","))))
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "broker_type": str.lower,
     "redis_host": str,
@@ -218,6 +247,14 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "consumer_overflow": str.lower,
     "handler_timeout_s": _number,
     "drain_timeout_s": _number,
+    "durable_events": _words,
+    "allow_downgrade": _words,
+    "max_deliveries": _whole,
+    "max_hops": _whole,
+    "journal_synchronous": str.upper,
+    "journal_max_age_s": _number,
+    "journal_max_bytes": _whole,
+    "redis_allow_volatile": _flag,
     "log_level": str.upper,
     "log_events": _flag,
     "wire_format": str.lower,
@@ -242,6 +279,14 @@ def _between(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
 
 def _is_mesh_name(value: Any) -> bool:
     return isinstance(value, str) and _MESH_NAME.fullmatch(value) is not None
+
+
+def _are_topics(value: Any) -> bool:
+    return all(is_topic(str(each).encode()) for each in value)
+
+
+def _are_patterns(value: Any) -> bool:
+    return _are_topics([each.removesuffix(".*") for each in value if each != "*"])
 
 
 def _is_redis_url(value: Any) -> bool:
@@ -269,6 +314,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "consumer_overflow": _one_of(OVERFLOWS),
     "handler_timeout_s": _between(0.001, 86_400),
     "drain_timeout_s": _between(0, 3600),
+    "durable_events": (_are_patterns, "must be topics, order.* or *, separated by commas"),
+    "allow_downgrade": (_are_topics, "must be topics, separated by commas"),
+    "max_deliveries": _between(1, 1000),
+    "max_hops": _between(1, 1000),
+    "journal_synchronous": _one_of(SYNCHRONOUS),
+    "journal_max_age_s": _between(1, 1e10),
+    "journal_max_bytes": _between(1024**2, 2**50),
     "log_level": _one_of(LOG_LEVELS),
     "wire_format": _one_of(WIRE_FORMATS),
     "tracing": _one_of(TRACING),

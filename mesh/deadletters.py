@@ -2,12 +2,16 @@
 What could not be handled, kept for people: events whose handlers gave up, frames that are no
 events, publishes that failed.
 
-One JSON object a line in ``MESH_DIR/dead/<agent>.jsonl`` and the newest of them in memory.
+They live in the journal, on every fabric, for live events too; the newest of a process also in its
+memory.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import itertools
+import logging
 import secrets
 import time
 import traceback
@@ -16,14 +20,20 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mesh.logs import LineFile
+from mesh.errors import BrokerUnavailableError
+from mesh.logs import say_once
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Awaitable, Callable, Sequence
 
     from mesh.events import Event
 
+_log = logging.getLogger(__name__)
+
 _KEPT = 1000
+#: What may wait for a journal that is away; more is counted and said, not kept.
+_MAX_WAITING = 10_000
+_BATCH = 256
 #: Broken frames of live topics are sampled: at most one a second and reason is kept.
 _SAMPLE_S = 1.0
 #: How much is kept of bytes that are no event.
@@ -87,23 +97,28 @@ def traceback_hash(error: BaseException) -> str:
 
 class DeadLetters:
     """
-    The dead letters of one agent.
+    The dead letters of one agent, on their way into the journal.
 
     Args:
         agent: Whose they are.
-        path: Where they are written; None keeps them in memory only.
+        bury: Keeps letters for good; None keeps the newest in memory only.
     """
 
-    def __init__(self, agent: str, path: Path | None = None) -> None:
-        """Open nothing before the first letter."""
+    def __init__(
+        self, agent: str, bury: Callable[[Sequence[DeadLetter]], Awaitable[None]] | None = None
+    ) -> None:
+        """Begin without any."""
         self._agent = agent
-        self._path = path
-        self._file: LineFile | None = None
+        self._bury = bury
+        self._waiting: deque[DeadLetter] = deque()
+        self._writing: asyncio.Task[None] | None = None
         self._sampled_at: dict[str, float] = {}
         self.newest: deque[DeadLetter] = deque(maxlen=_KEPT)
         self.total = 0
+        #: Letters that could not be kept, for the journal was away and too many waited.
+        self.unkept = 0
 
-    def put_event(
+    def letter(
         self,
         event: Event,
         reason: str,
@@ -111,59 +126,103 @@ class DeadLetters:
         *,
         handler: str | None = None,
         attempts: int = 0,
-    ) -> None:
-        """Keep an event."""
+    ) -> DeadLetter:
+        """Make the letter of an event; it is not kept yet."""
         words = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         now_s = time.time()
-        self._put(
-            DeadLetter(
-                id=f"{event.id}/{self._agent}/{handler or ''}",
-                reason=reason,
-                error=words,
-                traceback_hash="" if isinstance(error, str) else traceback_hash(error),
-                agent=self._agent,
-                topic=str(event.type),
-                at_s=now_s,
-                first_at_s=now_s,
-                handler=handler,
-                attempts=attempts,
-                event=event.to_dict(),
-            )
+        return DeadLetter(
+            id=f"{event.id}/{self._agent}/{handler or ''}",
+            reason=reason,
+            error=words,
+            traceback_hash="" if isinstance(error, str) else traceback_hash(error),
+            agent=self._agent,
+            topic=str(event.type),
+            at_s=now_s,
+            first_at_s=now_s,
+            handler=handler,
+            attempts=attempts,
+            event=event.to_dict(),
         )
+
+    def frame_letter(self, topic: str, reason: str, error: str, raw: bytes) -> DeadLetter:
+        """Make the letter of bytes that are no event; it is not kept yet."""
+        now_s = time.time()
+        return DeadLetter(
+            id=secrets.token_hex(12),
+            reason=reason,
+            error=error,
+            agent=self._agent,
+            topic=topic,
+            at_s=now_s,
+            first_at_s=now_s,
+            frame=raw[:MAX_FRAME_BYTES],
+        )
+
+    def put(self, letter: DeadLetter) -> None:
+        """Keep a letter: in memory now, in the journal soon."""
+        self.note(letter)
+        if self._bury is None:
+            return
+        if len(self._waiting) >= _MAX_WAITING:
+            self.unkept += 1
+            return
+        self._waiting.append(letter)
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.get_running_loop().create_task(
+                self._write(), name=f"{self._agent}-dead-letters"
+            )
+
+    def note(self, letter: DeadLetter) -> None:
+        """Count a letter that somebody else keeps: it is part of a step."""
+        self.total += 1
+        self.newest.append(letter)
 
     def put_frame(self, topic: str, reason: str, error: str, raw: bytes) -> None:
-        """Keep a sample of bytes that are no event."""
+        """Keep a sample of bytes that are no event, which came live."""
         now = time.monotonic()
-        self.total += 1
         if now - self._sampled_at.get(reason, -_SAMPLE_S) < _SAMPLE_S:
+            self.total += 1
             return
         self._sampled_at[reason] = now
-        now_s = time.time()
-        self._put(
-            DeadLetter(
-                id=secrets.token_hex(12),
-                reason=reason,
-                error=error,
-                agent=self._agent,
-                topic=topic,
-                at_s=now_s,
-                first_at_s=now_s,
-                frame=raw[:MAX_FRAME_BYTES],
-            ),
-            counted=True,
-        )
+        self.put(self.frame_letter(topic, reason, error, raw))
 
-    def close(self) -> None:
-        """Write out what is queued."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    async def close(self, limit_s: float = 2.0) -> None:
+        """
+        Write out what waits.
 
-    def _put(self, letter: DeadLetter, *, counted: bool = False) -> None:
-        self.total += not counted
-        self.newest.append(letter)
-        if self._path is None:
+        Args:
+            limit_s: How long the journal may take.
+        """
+        if self._writing is None:
             return
-        if self._file is None:
-            self._file = LineFile(self._path)
-        self._file.put(msgspec.json.encode(letter).decode())
+        try:
+            async with asyncio.timeout(limit_s):
+                await asyncio.gather(self._writing, return_exceptions=True)
+        except TimeoutError:
+            _log.error(
+                "%s: %d dead letters could not be kept: the journal does not answer",
+                self._agent,
+                len(self._waiting),
+            )
+
+    async def _write(self) -> None:
+        assert self._bury is not None
+        pause_s = 0.05
+        while self._waiting:
+            batch = list(itertools.islice(self._waiting, _BATCH))
+            try:
+                await self._bury(batch)
+            except BrokerUnavailableError as error:
+                say_once(
+                    _log,
+                    f"dead-letters-{self._agent}",
+                    "%s keeps dead letters in memory while the journal is away (said once): %s",
+                    self._agent,
+                    error,
+                )
+                await asyncio.sleep(pause_s)
+                pause_s = min(2.0, pause_s * 2)
+                continue
+            pause_s = 0.05
+            for _ in batch:
+                self._waiting.popleft()

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PARAM_PREFIX = "MESH_PARAM_"
+DEFAULT_JOURNAL = "journal"
 
 
 def environment() -> Mapping[str, str]:
@@ -19,6 +20,11 @@ def environment() -> Mapping[str, str]:
 def mesh_dir() -> str:
     """Give the run directory: MESH_DIR, or `.mesh` in the current directory."""
     return os.environ.get("MESH_DIR") or ".mesh"
+
+
+def journal_name() -> str:
+    """Give the name of the journal in the run directory: MESH_JOURNAL, or ``journal``."""
+    return os.environ.get("MESH_JOURNAL") or DEFAULT_JOURNAL
 
 
 def agent_name() -> str | None:

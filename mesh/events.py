@@ -25,7 +25,7 @@ from mesh.topics import PRIVATE_PREFIX, check_topic
 from mesh.values import Value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 
 def id_source() -> Iterator[str]:
@@ -322,10 +322,57 @@ def declare_schema(name: str, schema: type[Any]) -> None:
     _declarations[topic] = msgspec.structs.replace(known, schema=schema)
 
 
+def declare_durable(*names: str) -> None:
+    """
+    Make built-in or declared types durable in this application.
+
+    Call it in the module that publishers and consumers import, where their schemas are declared.
+
+    Raises:
+        TopicError: A name breaks the topic grammar.
+    """
+    for name in names:
+        topic = check_topic(name)
+        _declarations[topic] = msgspec.structs.replace(declaration_of(topic), durable=True)
+
+
 def declaration_of(name: str) -> Declaration:
     """Tell what is known of a type; an undeclared one is live and takes any payload."""
     known = _declarations.get(name)
     return known if known is not None else Declaration(topic=str(name), member=name)
+
+
+#: What the settings say of delivery, over all declarations: see `set_delivery`.
+_made_durable: tuple[str, ...] = ()
+_made_live: frozenset[str] = frozenset()
+#: A pattern does not mean what the mesh says of itself.
+_OWN = ("agent.", "system.", PRIVATE_PREFIX)
+
+
+def set_delivery(durable: Iterable[str] = (), live: Iterable[str] = ()) -> None:
+    """
+    Set the delivery class of types in this process, whatever is declared; called once, by settings.
+
+    Args:
+        durable: Topics that become durable; ``order.*`` means all that start so, ``*`` all types
+            but the mesh's own (``agent.``, ``system.``).
+        live: Topics that become live, against their declaration.
+    """
+    global _made_durable, _made_live
+    _made_durable, _made_live = tuple(durable), frozenset(live)
+
+
+def is_durable(topic: str) -> bool:
+    """Say how a type is delivered: declared durable, or made so by the settings."""
+    if topic in _made_live or topic.startswith(PRIVATE_PREFIX):
+        return False
+    return declaration_of(topic).durable or any(_means(each, topic) for each in _made_durable)
+
+
+def _means(pattern: str, topic: str) -> bool:
+    if not pattern.endswith("*"):
+        return pattern == topic
+    return topic.startswith(pattern[:-1]) and not topic.startswith(_OWN)
 
 
 def is_declared(name: str) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.config import BROKER_TYPES, MessageBusConfig
 from mesh.env import agent_name, is_supervised
 from mesh.errors import ConfigurationError
+from mesh.events import set_delivery
 from mesh.handlers import EventHandlerRegistry
 
 if TYPE_CHECKING:
@@ -27,23 +28,33 @@ _MEMBERS = {
 }
 
 
-def make_broker(config: MessageBusConfig, directory: str | Path | None = None) -> MessageBroker:
+def make_broker(
+    config: MessageBusConfig, directory: str | Path | None = None, *, journal: str | None = None
+) -> MessageBroker:
     """
     Make the broker that the settings choose; it is not connected yet.
+
+    What the settings say of the delivery of types is in force in this process from here on.
 
     Args:
         config: The settings.
         directory: The mesh's run directory, for fabrics that live in one.
+        journal: Another journal than the environment's, by name.
 
     Raises:
         ConfigurationError: A file that the settings name cannot be used.
     """
+    set_delivery(config.durable_events, config.allow_downgrade)
     module, name = _MEMBERS[config.broker_type]
     member: Any = getattr(importlib.import_module(module), name)
     if config.broker_type == "zmq":
-        made: MessageBroker = member(directory)
+        made: MessageBroker = member(
+            directory, synchronous=config.journal_synchronous, journal=journal
+        )
     elif config.broker_type == "redis":
-        made = member(**_redis_options(config))
+        made = member(
+            **_redis_options(config), allow_volatile=config.redis_allow_volatile, journal=journal
+        )
     else:
         made = member()
     return made

@@ -24,6 +24,8 @@ from mesh.values import State, Value
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+    from mesh.retry import RetryPolicy
+
     Run = Callable[[Event], Awaitable[Any]]
     #: Wraps the running of one handler; gets the event and what comes next.
     Middleware = Callable[[Event, Run], Awaitable[Any]]
@@ -51,6 +53,8 @@ class Handler(State, eq=False):
     #: Cancelled after this many seconds; None: the consumer's own limit.
     timeout_s: float | None = None
     max_retries: int | None = None
+    #: Default: the consumer's own.
+    retry: RetryPolicy | None = None
     #: Runs the handler with its payload decoded and all its middleware around.
     run: Run = None  # type: ignore[assignment]  # made in `__post_init__`
     #: The class it wants payloads decoded into, when it wants one.
@@ -225,6 +229,7 @@ class EventHandlerRegistry:
         *,
         timeout_s: float | None = None,
         max_retries: int | None = None,
+        retry: RetryPolicy | None = None,
         middleware: Sequence[Middleware] = (),
     ) -> Handler:
         """
@@ -238,6 +243,7 @@ class EventHandlerRegistry:
             priority: Most urgent first.
             timeout_s: Cancel the handler after so many seconds.
             max_retries: How often it is tried again after it raised.
+            retry: How often, how fast and after which errors.
             middleware: Around this handler only, inside the registry's own.
 
         Raises:
@@ -253,6 +259,7 @@ class EventHandlerRegistry:
             HandlerPriority(priority),
             timeout_s,
             max_retries,
+            retry,
         )
         handler.run = compose((*self._middleware, *middleware), handler.run)
         self._handlers.setdefault(topic, {})[agent_name, handler_id] = handler

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mesh.events import Event
     from mesh.handlers import Handler
+    from mesh.journal import Delivery
 
 OVERFLOWS = ("block", "drop_oldest", "latest")
 _LANES = 4
@@ -33,6 +34,10 @@ class Arrival(State, eq=False):
     #: Where the ledger counts this link.
     link: int
     position: int = 0
+    #: What the journal handed out, one for each event; None: they came live.
+    deliveries: list[Delivery] | None = None
+    #: Run only this handler.
+    only: str | None = None
 
     def left(self) -> int:
         """Count the events that have not been handled."""
@@ -213,28 +218,37 @@ class LanedInbox:
     def _shrink(self) -> list[tuple[int, int]]:
         dropped: list[tuple[int, int]] = []
         for lane in reversed(self._lanes):
-            while lane and self.size > self._limit:
-                oldest = lane[0]
+            if self.size <= self._limit:
+                break
+            for oldest in list(lane):
+                if oldest.deliveries is not None:
+                    continue  # durable: bounded by the journal, and never dropped
                 amount = min(oldest.left(), self.size - self._limit)
+                if amount <= 0:
+                    break
                 oldest.position += amount
                 self.size -= amount
                 dropped.append((oldest.link, amount))
                 if not oldest.left():
-                    lane.popleft()
+                    lane.remove(oldest)
         self._find_urgent()
         return dropped
 
 
 class LatestInbox:
     """
-    Only the newest event of each type and key: for consumers that want *now*, not history.
+    Only the newest live event of each type and key: for consumers that want *now*, not history.
 
-    Bounded by the number of keys; the oldest keys go when there are more than `limit`.
+    Bounded by the number of keys; the oldest keys go when there are more than `limit`. Durable
+    events are never replaced.
     """
 
     def __init__(self, limit: int) -> None:
         """Begin empty."""
         self.size = 0
+        self._durable: tuple[deque[Arrival], ...] = tuple(deque() for _ in range(_LANES))
+        #: How many of `size` are durable.
+        self._durable_size = 0
         self.urgent = _LANES
         self._limit = limit
         self._lanes: tuple[dict[Any, Arrival], ...] = tuple({} for _ in range(_LANES))
@@ -242,6 +256,10 @@ class LatestInbox:
 
     def put(self, arrival: Arrival) -> list[tuple[int, int]]:
         """Replace what waits under the same keys."""
+        if arrival.deliveries is not None:
+            self._durable[arrival.lane].append(arrival)
+            self._add_durable(arrival.left())
+            return []
         lane = self._lanes[arrival.lane]
         dropped: list[tuple[int, int]] = []
         for event in arrival.events[arrival.position :]:
@@ -253,7 +271,7 @@ class LatestInbox:
             # Assigning to a known key keeps its place in the row: nobody starves
             lane[name] = Arrival([event], arrival.handlers, arrival.lane, arrival.link)
             self.size += 1
-        while self.size > self._limit:
+        while self.size - self._durable_size > self._limit:
             dropped.append(self._drop_one())
         self._find_urgent()
         self._waker.wake()
@@ -263,6 +281,10 @@ class LatestInbox:
         """Take the key that waited longest in the most urgent lane."""
         if self.urgent == _LANES:
             return None
+        if self._durable[self.urgent]:
+            arrival = self._durable[self.urgent].popleft()
+            self._add_durable(-arrival.left())
+            return arrival
         lane = self._lanes[self.urgent]
         arrival = lane.pop(next(iter(lane)))
         self.size -= 1
@@ -270,7 +292,11 @@ class LatestInbox:
         return arrival
 
     def put_back(self, arrival: Arrival) -> None:
-        """Return an event, unless a newer one came meanwhile (arrivals hold one event here)."""
+        """Return events; a live one (arrivals hold one here) unless a newer one came meanwhile."""
+        if arrival.deliveries is not None:
+            self._durable[arrival.lane].appendleft(arrival)
+            self._add_durable(arrival.left())
+            return
         self.put(arrival)
 
     def has_room(self) -> bool:
@@ -282,6 +308,13 @@ class LatestInbox:
         if self.urgent == _LANES:
             await self._waker.wait()
 
+    def _add_durable(self, amount: int) -> None:
+        self._durable_size += amount
+        self.size += amount
+        self._find_urgent()
+        if amount > 0:
+            self._waker.wake()
+
     def _drop_one(self) -> tuple[int, int]:
         for lane in reversed(self._lanes):
             if lane:
@@ -291,7 +324,7 @@ class LatestInbox:
 
     def _find_urgent(self) -> None:
         for number, lane in enumerate(self._lanes):
-            if lane:
+            if lane or self._durable[number]:
                 self.urgent = number
                 return
         self.urgent = _LANES

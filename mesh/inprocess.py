@@ -17,6 +17,7 @@ from mesh.brokers.memory import InMemoryMessageBroker
 from mesh.clock import SYSTEM_CLOCK
 from mesh.config import MessageBusConfig
 from mesh.errors import ConfigurationError
+from mesh.events import set_delivery
 from mesh.ledger import Account, Ledger, LedgerView, account, view_of
 from mesh.loading import load_agent
 from mesh.publisher import EventPublisher, PublisherConfig
@@ -57,6 +58,7 @@ class InProcessMesh:
         self.agents: dict[str, Agent] = {}
         self._config = config or MessageBusConfig(broker_type="memory")
         self._clock = clock
+        set_delivery(self._config.durable_events, self._config.allow_downgrade)
         for name, kind in _named(agents):
             self.agents[name] = kind(
                 AgentContext(
@@ -145,7 +147,7 @@ class InProcessMesh:
             for agent in self.agents.values():
                 await agent.publisher.flush()
                 await agent.consumer.drained()
-            if before == self._said() and not self._unsettled():
+            if before == self._said() and not self._unsettled() and not await self._pending():
                 return
             await asyncio.sleep(0)
 
@@ -171,6 +173,13 @@ class InProcessMesh:
             view.handled + sum(out.sequence for out in view.out.values())
             for view in self.views().values()
         )
+
+    async def _pending(self) -> int:
+        """Count what the journal still has for the agents."""
+        if not any(agent.has_state for agent in self.agents.values()):
+            return 0
+        journal = await self.broker.open_journal()
+        return sum(view.pending for view in await journal.groups() if view.group in self.agents)
 
     def _unsettled(self) -> int:
         return sum(agent.consumer.unsettled() for agent in self.agents.values())

@@ -24,8 +24,9 @@ from __future__ import annotations
 import enum
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
+
+from mesh.values import State, Value, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -60,8 +61,7 @@ def partition_of(key: str) -> int:
     return zlib.crc32(key.encode()) % PARTITIONS
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Value, frozen=True):
     """An event on its way into the journal."""
 
     topic: str
@@ -77,8 +77,7 @@ class Record:
         return partition_of(self.id if self.key is None else self.key)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Delivery:
+class Delivery(Value, frozen=True, eq=False):
     """An event handed to a consumer, which owes the journal a step for it."""
 
     #: The engine's own name of the place; grows within a partition and topic.
@@ -93,8 +92,7 @@ class Delivery:
     done: frozenset[str] = frozenset()
 
 
-@dataclass(slots=True)
-class Step:
+class Step(State, eq=False):
     """What handling one event changes; applied whole or not at all."""
 
     #: Settled for good, parked ones included.
@@ -109,8 +107,7 @@ class Step:
     state: dict[str, bytes | None] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class GroupView:
+class GroupView(Value, frozen=True):
     """How far one group is with one topic."""
 
     group: str
@@ -121,8 +118,7 @@ class GroupView:
     oldest_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Value, frozen=True):
     """An event of the past, for `scan`."""
 
     position: int | str
@@ -133,8 +129,7 @@ class Stored:
     at_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class DeadQuery:
+class DeadQuery(Value, frozen=True):
     """Which dead letters are meant; what is None does not choose."""
 
     ids: frozenset[str] | None = None
@@ -172,7 +167,7 @@ class Journal(ABC):
 
     #: The name of the fabric it belongs to, as in the configuration.
     fabric: ClassVar[str]
-    features: ClassVar[frozenset[Feature]]
+    features: frozenset[Feature]
 
     #: Called (on the loop) with the topics of what was just appended or freed here, so that whoever
     #: joins the parts can wake the readers of other processes. Readers here wake by themselves.
@@ -311,6 +306,10 @@ class Journal(ABC):
             max_age_s: Forget what is older.
             max_bytes: Forget the oldest until the store is smaller.
         """
+
+    @abstractmethod
+    async def erase(self) -> None:
+        """Forget events, groups, state and dead letters; when nobody else uses the store."""
 
     async def __aenter__(self) -> Self:
         """Connect."""

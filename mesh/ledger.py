@@ -42,6 +42,9 @@ _CELL = 8
 
 OUT, IN, COUNT = 1, 2, 3
 
+#: The publisher of all durable events, as consumers count them.
+JOURNAL = "(journal)"
+
 #: Cells of the header, by position after magic and version.
 HEADER = (
     "pid",
@@ -71,8 +74,9 @@ _RECORD_CELLS = _RECORD_BYTES // _CELL
 _VALUES_AT = 200 // _CELL
 
 # Values of an OUT record
-OUT_EPOCH, OUT_SEQUENCE, OUT_FRAMES = 0, 1, 2
-# Values of an IN record
+OUT_EPOCH, OUT_SEQUENCE, OUT_BEGAN = 0, 1, 2
+# Values of an IN record. Durable events are counted under the publisher `JOURNAL`, without epoch,
+# last and lost: the journal knows what is outstanding, and loses nothing.
 IN_EPOCH, IN_LAST, IN_RECEIVED, IN_LOST, IN_SETTLED, IN_DROPPED = 0, 1, 2, 3, 4, 5
 
 
@@ -156,6 +160,13 @@ class Ledger:
         """Give the index of the first value of what this agent publishes on a topic."""
         return self._record(OUT, topic)
 
+    def count_said(self, topic: str, amount: int, now_s: float) -> None:
+        """Count durable events that are kept; they have no epoch, for nothing of them is lost."""
+        at = self.out(topic)
+        if not self.cells[at + OUT_BEGAN]:
+            self.cells[at + OUT_BEGAN] = int(now_s * 1e9)
+        self.cells[at + OUT_SEQUENCE] += amount
+
     def link(self, publisher: str, topic: str) -> int:
         """Give the index of the first value of what this agent hears from a publisher."""
         return self._record(IN, f"{publisher}\0{topic}")
@@ -219,12 +230,14 @@ class Ledger:
         for name in ("state", "sources", "beat_mono_ms"):
             cells[_AT[name]] = 0
         cells[_AT["pid"]] = os.getpid()
-        for (kind, _), at in self._index.items():
+        for (kind, key), at in self._index.items():
             if kind != IN:
                 continue
-            # What the dead incarnation had received and not finished went with its inbox
+            # What the dead incarnation had received and not finished went with its inbox; durable
+            # events come again
             unsettled = cells[at + IN_RECEIVED] - cells[at + IN_SETTLED]
-            cells[at + IN_LOST] += unsettled
+            if not key.startswith(JOURNAL):
+                cells[at + IN_LOST] += unsettled
             cells[at + IN_RECEIVED] -= unsettled
 
 
@@ -245,9 +258,11 @@ def _records(memory: mmap.mmap | bytes) -> Iterator[tuple[int, str, int]]:
 class Out(Value, frozen=True):
     """What an agent has published on one topic."""
 
+    #: When the numbering began (ns since 1970); 0: durable events are not numbered.
     epoch: int
     sequence: int
-    frames: int
+    #: When the first was said (ns since 1970).
+    began: int
 
 
 class In(Value, frozen=True):
@@ -431,13 +446,23 @@ def account(
     for publisher in views.values():
         for topic, said in publisher.out.items():
             published[topic] = published.get(topic, 0) + said.sequence
-            for subscriber in views.values():
+            for subscriber in views.values() if said.epoch else ():
                 heard = subscriber.in_.get((publisher.name, topic))
                 if heard is None:
                     heard = _never_heard(subscriber, topic, said, hears or {})
                 if heard is not None:
                     name = f"{publisher.name}>{topic}>{subscriber.name}"
                     links[name] = _link(said, heard, settled=settled)
+    for subscriber in views.values():
+        for (publisher_name, topic), heard in subscriber.in_.items():
+            if publisher_name == JOURNAL:
+                unfinished = heard.received - heard.settled
+                links[f"{JOURNAL}>{topic}>{subscriber.name}"] = LinkAccount(
+                    published=published.get(topic, 0),
+                    received=heard.received,
+                    lost=0,
+                    in_flight=unfinished,
+                )
     return Account(links=links, published=published)
 
 

@@ -13,9 +13,11 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from mesh import codec
+from mesh.context import current_context
 from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError
-from mesh.events import declaration_of
-from mesh.ledger import OUT_EPOCH, OUT_SEQUENCE
+from mesh.events import declaration_of, is_durable
+from mesh.journal import Record
+from mesh.ledger import OUT_BEGAN, OUT_EPOCH, OUT_SEQUENCE
 from mesh.topics import PRIVATE_PREFIX, check_topic
 from mesh.values import State, field
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from mesh.broker import MessageBroker
     from mesh.clock import Clock
     from mesh.events import Event
+    from mesh.journal import Journal
     from mesh.ledger import Ledger
 
 _log = logging.getLogger(__name__)
@@ -49,6 +52,8 @@ class Outgoing(State, eq=False):
     sequence: int
     #: False: every event is a message of its own.
     batched: bool
+    #: The journal keeps it; it never enters a batch.
+    durable: bool = False
     #: Bytes of payload in the batch.
     size: int = 0
     events: list[Event] = field(default_factory=list)
@@ -79,6 +84,7 @@ class Outbox:
         """Begin empty."""
         self._agent_name = agent_name
         self._broker = broker
+        self._journal: Journal | None = None
         self._try_send = broker.try_send
         self._ledger = ledger
         self._cells = ledger.cells
@@ -105,12 +111,15 @@ class Outbox:
         self._require_open()
         encode, encode_all = codec.payload_encoder(topic), codec.payloads_encoder(topic)
         member = declaration_of(topic).member
-        if topic.startswith(PRIVATE_PREFIX):
-            return Outgoing(topic, member, encode, encode_all, 0, 0, 0, batched=False)
+        if topic.startswith(PRIVATE_PREFIX) or is_durable(topic):
+            durable = not topic.startswith(PRIVATE_PREFIX)
+            return Outgoing(
+                topic, member, encode, encode_all, 0, 0, 0, batched=False, durable=durable
+            )
         at, cells = self._ledger.out(topic), self._cells
         if not cells[at + OUT_EPOCH]:
             # The numbering begins with the first event: whoever was ready before hears all of it
-            cells[at + OUT_EPOCH] = int(self._clock.time_s() * 1e9)
+            cells[at + OUT_EPOCH] = cells[at + OUT_BEGAN] = int(self._clock.time_s() * 1e9)
         sequence_at = at + OUT_SEQUENCE
         return Outgoing(
             topic,
@@ -207,6 +216,34 @@ class Outbox:
         else:
             frame = codec.encode_json(event)
         await self._broker.send(out.topic, frame, self._timeout_s)
+
+    async def keep(self, out: Outgoing, events: Sequence[Event]) -> None:
+        """
+        Give durable events to the journal; returns when they are kept.
+
+        Inside the handler of a durable event they become part of its step instead, and are kept
+        together with the settling of that event.
+
+        Args:
+            out: What their topic's `open` gave.
+            events: Their payloads come from `out.encode`.
+
+        Raises:
+            ClosedError: The publisher or the broker is closed.
+            BackpressureError: The journal stayed full, or its lock was held too long.
+            BrokerUnavailableError: It does not answer.
+        """
+        self._require_open()
+        encode = codec.encode_json if self._json else codec.encode_single
+        records = [Record(out.topic, event.id, encode(event), event.key) for event in events]
+        context = current_context.get()
+        if context is not None and context.is_open:
+            context.records += records
+            return
+        if self._journal is None:
+            self._journal = await self._broker.open_journal()
+        await self._journal.append(records)
+        self._ledger.count_said(out.topic, len(records), self._clock.time_s())
 
     async def send_full(self, out: Outgoing) -> None:
         """

@@ -14,6 +14,7 @@ import msgspec
 from mesh.causality import current_event
 from mesh.clock import SYSTEM_CLOCK
 from mesh.codec import check_text
+from mesh.context import current_context
 from mesh.deadletters import DeadLetters
 from mesh.errors import BrokerUnavailableError
 from mesh.events import Event, id_source, payload_of
@@ -68,7 +69,9 @@ class EventPublisher:
         """Prepare; nothing is sent yet."""
         self.config = config
         self.agent_name = config.agent_name
-        self.dead_letters = config.dead_letters or DeadLetters(config.agent_name)
+        self.dead_letters = config.dead_letters or DeadLetters(
+            config.agent_name, config.broker.bury
+        )
         self._now = config.clock.now
         self._mono_s = config.clock.mono_s
         self._stamp, self._stale_s = self._now(), 0.0
@@ -98,6 +101,9 @@ class EventPublisher:
         """
         Publish an event; inside a handler it continues the handled event's correlation.
 
+        A live event is on its way when this returns. A durable one is kept by then; inside the
+        handler of a durable event it is kept when that handler's step is.
+
         Args:
             event_type: An `EventType`, a member of a `StrEnum` of yours, or a topic.
             data: A dict, or an instance of the type's schema.
@@ -112,18 +118,19 @@ class EventPublisher:
             TopicError: The type breaks the topic grammar.
             PayloadError: The payload does not fit its schema, or cannot travel.
             EventTooLargeError: It is over the size limit.
-            BackpressureError: The fabric stayed full for `publish_timeout_s`.
+            BackpressureError: The fabric stayed full for `publish_timeout_s`, or the journal did.
+            BrokerUnavailableError: The journal does not answer.
             ClosedError: The publisher or broker is closed.
             NotConnectedError: The broker is not connected.
         """
-        if expires_in_s is not None:
+        out = self._outgoing.get(event_type) or self._open(event_type)
+        if expires_in_s is not None or out.durable:
             event = self.make_event(
                 event_type, data, correlation_id, key=key, expires_in_s=expires_in_s
             )
             await self.publish_event(event)
             return event
         # The fast path: what `make_event` and `_enter` do, without calls
-        out = self._outgoing.get(event_type) or self._open(event_type)
         payload = out.encode(data)
         if correlation_id is not None:
             check_text("correlation_id", correlation_id)
@@ -203,7 +210,7 @@ class EventPublisher:
                 check_text(name, text)
         payload = out.encode(data)
         parent = current_event.get()
-        identity, now = self._new_id(), self._now()
+        identity, now = self._identity(out), self._now()
         return Event(
             type=out.member,
             data=payload,
@@ -253,7 +260,10 @@ class EventPublisher:
         for event_type, pairs in itertools.groupby(events, key=_first):
             out = self._outgoing.get(event_type) or self._open(event_type)
             payloads = out.encode_all([data for _, data in pairs])
-            ids = list(itertools.islice(self._ids, len(payloads)))
+            if out.durable:
+                ids = [self._identity(out) for _ in payloads]
+            else:
+                ids = list(itertools.islice(self._ids, len(payloads)))
             # One pass in C: a Python-level loop would cost as much as all the rest
             same = map(
                 Event,
@@ -272,8 +282,11 @@ class EventPublisher:
             )
             made.append((out, list(same), list(map(len, payloads))))
         for out, batch, sizes in made:
-            if out.batched and self._chain is None:
-                await self._outbox.add_all(out, batch, sizes)
+            if self._chain is None and (out.batched or out.durable):
+                if out.durable:
+                    await self._outbox.keep(out, batch)
+                else:
+                    await self._outbox.add_all(out, batch, sizes)
                 continue
             for event in batch:
                 await (self._chain or self._enter)(event)
@@ -309,9 +322,11 @@ class EventPublisher:
             ClosedError: So is a closed broker.
         """
         policy = RetryPolicy(max_retries=max_retries, first_delay_s=retry_delay_ms / 1000)
+        # Made once: should a try that seemed to fail have been kept, the next one changes nothing
+        event = self.make_event(event_type, data, correlation_id, key=key)
         for attempt in range(max_retries + 1):
             try:
-                await self.publish(event_type, data, correlation_id, key=key)
+                await self.publish_event(event)
                 await self.flush(min(_TRY_S, self.config.publish_timeout_s))
             except BrokerUnavailableError as error:
                 failure = error
@@ -319,7 +334,7 @@ class EventPublisher:
                 return True
             if attempt < max_retries:
                 await self.config.clock.sleep(policy.delay_s(attempt + 1))
-        self._give_up(event_type, data, correlation_id, failure, attempts=max_retries + 1)
+        self._give_up(event, failure, attempts=max_retries + 1)
         return False
 
     async def flush(self, timeout_s: float | None = None) -> None:
@@ -337,6 +352,14 @@ class EventPublisher:
     async def close(self) -> None:
         """Send what is batched; publishing afterwards raises. The broker stays open."""
         await self._outbox.close()
+        await self.dead_letters.close()
+
+    def _identity(self, out: Outgoing) -> str:
+        """Give a new event's id; derived from its cause where a repeat must change nothing."""
+        context = current_context.get() if out.durable else None
+        if context is not None and context.is_open:
+            return context.derive_id() or self._new_id()
+        return self._new_id()
 
     def _open(self, event_type: str) -> Outgoing:
         out = self._outgoing[event_type] = self._outbox.open(event_type)
@@ -347,34 +370,22 @@ class EventPublisher:
         out = self._outgoing.get(event.type) or self._open(event.type)
         payload = out.encode(payload_of(event))
         entered = msgspec.structs.replace(event, type=out.member, data=payload)
-        if not out.batched:
+        # A request is live whatever its type: nobody waits for the answer to an old one
+        if out.durable and event.reply_to is None:
+            await self._outbox.keep(out, (entered,))
+        elif not out.batched:
             await self._outbox.send_alone(out, entered)
         elif self._add(out, entered, len(payload)):
             await self._outbox.send_full(out)
 
-    def _give_up(
-        self,
-        event_type: str,
-        data: Any,
-        correlation_id: str | None,
-        error: Exception,
-        *,
-        attempts: int,
-    ) -> None:
-        identity = self._new_id()
-        event = Event(
-            str(event_type),
-            data,
-            self.agent_name,
-            self._now(),
-            correlation_id or identity,
-            identity,
+    def _give_up(self, event: Event, error: Exception, *, attempts: int) -> None:
+        self.dead_letters.put(
+            self.dead_letters.letter(event, "unpublished", error, attempts=attempts)
         )
-        self.dead_letters.put_event(event, "unpublished", error, attempts=attempts)
         _log.error(
             "%s could not publish %s after %d tries and keeps it as a dead letter: %s",
             self.agent_name,
-            event_type,
+            event.type,
             attempts,
             error,
         )

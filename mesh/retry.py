@@ -20,6 +20,8 @@ class RetryPolicy(Value, frozen=True, kw_only=True):
     factor: float = 2.0
     max_delay_s: float = 30.0
     jitter: float = 0.2
+    #: Only these errors are tried again; timeouts and payloads that do not fit never are.
+    on: tuple[type[BaseException], ...] = (BaseException,)
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""

@@ -15,7 +15,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from mesh.env import mesh_dir
+from mesh.env import journal_name, mesh_dir
 from mesh.errors import AlreadyRunningError, RunDirError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _LONGEST_SOCKET = "supervisor.sock.99999999"
 # ask for the holder without taking the lock for a moment and disturbing somebody who starts
 _FLOCK = "hhqqi4x"
 _WHOLE_FILE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-_FOLDERS = ("run", "log", "stacks", "ledger", "agents", "conf", "dead")
+_FOLDERS = ("run", "log", "stacks", "ledger", "agents", "conf", "journal")
 
 
 class Lock:
@@ -109,6 +109,10 @@ class RunDir:
         """Give a lock file's path."""
         return self.path / "run" / f"{name}.lock"
 
+    def journal(self, name: str | None = None) -> Path:
+        """Give the file in which durable events and dead letters are kept; default MESH_JOURNAL."""
+        return self.path / "journal" / f"{name or journal_name()}.sqlite"
+
     def log(self, name: str) -> Path:
         """Give an agent's log file."""
         return self.path / "log" / f"{name}.log"
@@ -133,10 +137,6 @@ class RunDir:
     def card(self, name: str) -> Path:
         """Give the file in which an agent says what it is."""
         return self.path / "agents" / f"{name}.json"
-
-    def dead(self, name: str) -> Path:
-        """Give an agent's dead letters."""
-        return self.path / "dead" / f"{name}.jsonl"
 
     def acquire(self, path: Path, note: str = "") -> Lock:
         """

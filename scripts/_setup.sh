@@ -81,7 +81,7 @@ _find_python() {
 
 _make_run_directory() {
   local name
-  for name in run log stacks ledger agents conf dead; do
+  for name in run log stacks ledger agents conf journal; do
     [ -d "$root/.mesh/$name" ] || (umask 077 && mkdir -p "$root/.mesh/$name")
   done
 }

@@ -11,12 +11,14 @@ import asyncio
 from typing import TYPE_CHECKING, ClassVar
 
 from mesh.broker import MessageBroker
+from mesh.journals.memory import MemoryJournal
 from mesh.topics import check_topic
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from mesh.broker import Receiver
+    from mesh.journal import Journal
 
 
 class InMemoryMessageBroker(MessageBroker):
@@ -84,6 +86,10 @@ class InMemoryMessageBroker(MessageBroker):
 
     async def synchronize(self) -> None:
         """Do nothing: there is one list of subscriptions, and everybody reads it."""
+
+    def make_journal(self) -> Journal:
+        """Give a journal in memory, as durable as this process."""
+        return MemoryJournal()
 
     async def _close(self) -> None:
         await self._close_channels()

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mesh.broker import Receiver
+    from mesh.journal import Journal
+    from mesh.journals.database import Synchronous
 
 _log = logging.getLogger(__name__)
 
@@ -52,17 +54,26 @@ class ZeroMQMessageBroker(MessageBroker):
     Args:
         directory: The mesh's run directory; default MESH_DIR.
         connect_timeout_s: How long `connect` waits for the fabric.
+        synchronous: NORMAL or FULL, for the journal's file.
+        journal: The journal's name within the directory; default MESH_JOURNAL.
     """
 
     fabric: ClassVar[str] = "zmq"
 
     def __init__(
-        self, directory: str | Path | None = None, *, connect_timeout_s: float = 15.0
+        self,
+        directory: str | Path | None = None,
+        *,
+        connect_timeout_s: float = 15.0,
+        synchronous: Synchronous = "NORMAL",
+        journal: str | None = None,
     ) -> None:
         """Begin unconnected."""
         super().__init__()
         self._rundir = RunDir(directory or mesh_dir())
         self._connect_timeout_s = connect_timeout_s
+        self._synchronous = synchronous
+        self._journal_name = journal
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._receivers: dict[bytes, tuple[Receiver, ...]] = {}
         self._names: dict[bytes, str] = {}
@@ -107,6 +118,14 @@ class ZeroMQMessageBroker(MessageBroker):
         finally:
             if spawned is not None:
                 _let_go(spawned)
+
+    def make_journal(self) -> Journal:
+        """Give the journal of the run directory: one SQLite file."""
+        from mesh.journals.sqlite import SQLiteJournal
+
+        return SQLiteJournal(
+            self._rundir.ensure().journal(self._journal_name), synchronous=self._synchronous
+        )
 
     async def _close(self) -> None:
         await self._close_channels()

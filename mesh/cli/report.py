@@ -25,10 +25,10 @@ def work_published(views: Mapping[str, LedgerView]) -> dict[str, int]:
 def began_at_s(views: Mapping[str, LedgerView]) -> float | None:
     """Tell when the first event was said, in seconds since 1970."""
     epochs = [
-        out.epoch
+        out.began
         for view in views.values()
         for topic, out in view.out.items()
-        if out.epoch and not topic.startswith(_LIFE)
+        if out.began and not topic.startswith(_LIFE)
     ]
     return min(epochs) / 1e9 if epochs else None
 

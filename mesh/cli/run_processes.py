@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mesh.card import read_cards
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
 
     from mesh.cli.place import Place
     from mesh.config import MessageBusConfig
+    from mesh.journal import Journal
     from mesh.rundir import RunDir
     from mesh.supervision.supervisord import ProcessInfo
 
 #: Under this name the report is asked for.
 _ASKER = "mesh-run"
 _GUARD_S = 0.2
+#: A run keeps its durable events apart: they are no part of what `mesh up` keeps here.
+_JOURNAL = "run"
 
 
 async def run_processes(
@@ -59,14 +63,23 @@ async def run_processes(
             params=params,
             agents=agents,
             broker_type=config.broker_type,
+            environment={"MESH_JOURNAL": _JOURNAL},
+            on_free=partial(_begin_journal, config, rundir),
             on_wait=say.note,
         )
         run = _Run(rundir, config, stop)
         try:
             return await run.report()
         finally:
+            await run.close()
             with contextlib.suppress(SupervisorError):
                 await boot.down(rundir)
+
+
+async def _begin_journal(config: MessageBusConfig, rundir: RunDir) -> None:
+    """A run begins with nothing kept: what the last one kept goes."""
+    async with make_broker(config, rundir.path, journal=_JOURNAL).make_journal() as journal:
+        await journal.erase()
 
 
 class _Run:
@@ -78,11 +91,18 @@ class _Run:
         self._stop = stop
         self._client = SupervisorClient(rundir.socket("supervisor"))
         self._quiet = False
+        self._broker = make_broker(config, rundir.path, journal=_JOURNAL)
+        self._journal: Journal | None = None
+
+    async def close(self) -> None:
+        """Let go of the journal."""
+        if self._journal is not None:
+            await self._journal.close()
 
     async def report(self) -> dict[str, Any]:
         if not await unless(self._stop, self._start()):
             say.note("interrupted before all agents were READY")
-        with Watch(self._views, self._hears) as watch:
+        with Watch(self._views, self._hears, self._pending) as watch:
             if not self._stop.is_set():
                 await unless(self._stop, self._until_quiet(watch))
             if self._stop.is_set():
@@ -166,6 +186,14 @@ class _Run:
                 await requester.close()
                 await publisher.close()
 
+    async def _pending(self) -> int:
+        """Count what the journal still has for the agents."""
+        if self._journal is None:
+            self._journal = self._broker.make_journal()
+            await self._journal.connect()
+        names = self._views()
+        return sum(view.pending for view in await self._journal.groups() if view.group in names)
+
     def _views(self) -> dict[str, LedgerView]:
         views = read_ledgers(self._rundir.ledgers)
         return {name: view for name, view in views.items() if name not in INFRASTRUCTURE}
@@ -186,8 +214,6 @@ class _Run:
                 problems[program.name] = f"{program.state}: {last_words(self._rundir, program)}"
             elif view is not None and view.sources == "failed":
                 problems[program.name] = "its source failed"
-            elif view is not None and view.incarnation > 1:
-                problems[program.name] = f"was restarted {view.incarnation - 1} times"
             elif view is not None and view.failed:
                 problems[program.name] = f"{view.failed} events could not be handled"
         return problems

@@ -12,7 +12,7 @@ from mesh.cli.report import began_at_s, work_published
 from mesh.ledger import account
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from types import TracebackType
 
     from mesh.ledger import LedgerView
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 LOOK_S = 0.05
 #: Nothing moved for so long: what is still under way will not arrive any more.
 _STILL_S = 2.0
+#: Durable events are waited for longer: an agent that was killed comes back and goes on.
+_DURABLE_STILL_S = 30.0
 
 
 class Watch:
@@ -29,16 +31,19 @@ class Watch:
     Args:
         views: Gives them.
         hears: Gives topics by agent.
+        pending: Counts what the journal still has for the agents.
     """
 
     def __init__(
         self,
         views: Callable[[], Mapping[str, LedgerView]],
         hears: Callable[[], Mapping[str, frozenset[str]]],
+        pending: Callable[[], Awaitable[int]] | None = None,
     ) -> None:
         """Look at nothing yet."""
         self.views = views
         self.hears = hears
+        self._pending = pending
         self._moved_at_s = time.time()
         self._seen: object = None
         self._live: Any = None
@@ -88,12 +93,13 @@ class Watch:
         while True:
             if self.look():
                 zeros, still_since_s = 0, time.monotonic()
-            if account(self.views(), self.hears()).in_flight == 0:
+            pending = 0 if self._pending is None else await self._pending()
+            if pending == 0 and account(self.views(), self.hears()).in_flight == 0:
                 zeros += 1
                 # Ledgers are read one after the other: only what two looks agree upon is true
                 if zeros >= 2:
                     return True
-            elif time.monotonic() - still_since_s > _STILL_S:
+            elif time.monotonic() - still_since_s > (_DURABLE_STILL_S if pending else _STILL_S):
                 return False
             else:
                 zeros = 0

@@ -21,7 +21,7 @@ from mesh.supervision.redis_server import settings_for
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Mapping
     from pathlib import Path
 
     from mesh.rundir import RunDir
@@ -130,6 +130,8 @@ async def up(
     agents: Collection[str] | None = None,
     broker_type: str = "zmq",
     with_redis: bool = False,
+    environment: Mapping[str, str] | None = None,
+    on_free: Callable[[], Awaitable[None]] | None = None,
     on_wait: Callable[[str], None] | None = None,
 ) -> int:
     """
@@ -144,6 +146,8 @@ async def up(
         agents: Only these agents.
         broker_type: The fabric; only ZeroMQ needs the forwarder.
         with_redis: Keep a redis-server for this mesh too, and use it as the fabric.
+        environment: Set for all programs, over this process's own.
+        on_free: Awaited when nothing runs here any more, before anything is started.
         on_wait: Told in words what holds the start up.
 
     Raises:
@@ -161,13 +165,13 @@ async def up(
         chosen = programs_of(project) if agents is None else [*INFRASTRUCTURE, *agents]
         await make_room(rundir, [*chosen, REDIS_PROGRAM] if with_redis else chosen, on_wait)
         _clear(rundir)
+        if on_free is not None:
+            await on_free()
         given = settings_for(rundir, os.environ) if with_redis else os.environ
-        environment = {**given, "MESH_DIR": str(rundir.path)}
-        environment |= {
-            f"MESH_PARAM_{name.upper()}": value for name, value in (params or {}).items()
-        }
+        variables = {**given, **(environment or {}), "MESH_DIR": str(rundir.path)}
+        variables |= {f"MESH_PARAM_{name.upper()}": value for name, value in (params or {}).items()}
         said = rundir.path / "log" / "supervisord.out"
-        pid = await asyncio.to_thread(_spawn, conf, project, environment, said)
+        pid = await asyncio.to_thread(_spawn, conf, project, variables, said)
         await _await_answer(client, pid, said)
         return pid
 

@@ -10,6 +10,7 @@ from mesh.agent import Agent
 from mesh.brokers.memory import InMemoryMessageBroker
 from mesh.clock import SYSTEM_CLOCK
 from mesh.inprocess import InProcessMesh
+from mesh.journals.memory import MemoryJournal, MemoryStore
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.topics import PRIVATE_PREFIX
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mesh.config import MessageBusConfig
     from mesh.deadletters import DeadLetter
     from mesh.events import Event
+    from mesh.journal import Journal, Record
 
 _Agent = TypeVar("_Agent", bound=Agent)
 #: Under this name the harness speaks.
@@ -195,13 +197,21 @@ class _Tap(InMemoryMessageBroker):
         """Send, and keep what an agent has said."""
         sent = super().try_send(topic, frame)
         if sent and not topic.startswith(PRIVATE_PREFIX):
-            batch = codec.decode_frame(topic, frame)
-            said = [event for event in batch.events if event.source_agent not in (TESTER, "mesh")]
-            if said:
-                self.events += said
-                self._by_topic.setdefault(topic, []).extend(said)
-                self._came.set()
+            self.note(topic, frame)
         return sent
+
+    def make_journal(self) -> Journal:
+        """Give a journal that shows what is kept."""
+        return MemoryJournal(_TapStore(self.note))
+
+    def note(self, topic: str, frame: bytes) -> None:
+        """Keep what an agent has said."""
+        batch = codec.decode_frame(topic, frame)
+        said = [event for event in batch.events if event.source_agent not in (TESTER, "mesh")]
+        if said:
+            self.events += said
+            self._by_topic.setdefault(topic, []).extend(said)
+            self._came.set()
 
     def of(self, topic: str) -> list[Event]:
         """Give what was said of a type."""
@@ -211,3 +221,18 @@ class _Tap(InMemoryMessageBroker):
         """Return when something more was said."""
         self._came.clear()
         await self._came.wait()
+
+
+class _TapStore(MemoryStore):
+    """What a journal keeps, shown to the test."""
+
+    def __init__(self, note: Callable[[str, bytes], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def add(self, record: Record) -> bool:
+        """Keep an event, and show it when it is new."""
+        new = super().add(record)
+        if new and not record.topic.startswith(PRIVATE_PREFIX):
+            self._note(record.topic, record.frame)
+        return new

@@ -11,8 +11,7 @@ from mesh.brokers.memory import InMemoryMessageBroker
 from mesh.brokers.redis import RedisMessageBroker
 from mesh.brokers.zeromq import ZeroMQMessageBroker
 from mesh.errors import ClosedError, NotConnectedError, TopicError
-from mesh.rundir import RunDir
-from tests.plumbing.processes import eventually, wait_until
+from tests.plumbing.processes import end_forwarder, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -57,8 +56,7 @@ async def pair(
     yield brokers
     for broker in brokers:
         await broker.close()
-    rundir = RunDir(own_mesh_dir)
-    wait_until(lambda: rundir.holder(rundir.lock("forwarder")) is None)
+    end_forwarder(own_mesh_dir)
 
 
 def frame(number: int) -> bytes:

@@ -44,7 +44,7 @@ _REASONS = (
     "undecodable", "too_large", "unknown_version", "invalid", "too_deep", "too_many_items",
     "wrong_topic",
 )  # fmt: skip
-_HANDLER_REASONS = ("handler_invalid", "handler_failed", "handler_timeout", "expired")
+_HANDLER_REASONS = ("handler_invalid", "handler_failed", "handler_timeout", "expired", "hops")
 
 
 class Target:

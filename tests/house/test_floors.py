@@ -15,10 +15,19 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
     ("9 supervision", [{"supervision.*"}]),
     ("8 assembly", [{"factory"}]),
     ("7 settings", [{"config"}]),
-    ("6 ends", [{"requests"}, {"publisher", "consumer", "workers"}, {"outbox"}]),
+    (
+        "6 ends",
+        [
+            {"requests"},
+            {"publisher", "consumer", "workers"},
+            {"intake", "outbox", "slots"},
+            {"consumer_config"},
+        ],
+    ),
     ("5 middleware", [{"middleware.*", "inbox"}]),
-    ("4 members", [{"brokers.*", "journals.*"}]),
-    ("3 contracts", [{"broker", "journal", "handlers"}]),
+    # A broker brings the journal of its fabric along
+    ("4 members", [{"brokers.*"}, {"journals.*"}, {"redis_link.*"}]),
+    ("3 contracts", [{"broker", "context", "handlers"}, {"journal"}]),
     (
         "2 pure tools",
         [
@@ -27,7 +36,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
         ],
     ),
     ("1 words", [{"events", "logs", "rundir"}, {"topics"}]),
-    ("0 ground", [{"errors", "clock", "env", "values"}]),
+    ("0 ground", [{"errors", "clock", "env", "outcomes", "values"}]),
 ]
 
 # The shop window names everything and is imported by nobody inside
@@ -43,16 +52,16 @@ NO_AGENTS = {"agents", "feed", "payloads", "settings"}
 DOORS = {
     "aiomultiprocess": {"workers"},
     "click": {"cli.*"},
-    "hiredis": {"brokers.resp"},
+    "hiredis": {"redis_link.resp"},
     # The language of values here; still, who needs bytes from values asks the codec
     "msgspec": {
-        "beats", "card", "codec", "deadletters", "events", "handlers", "publisher",
-        "supervision.*", "telemetry", "values",
+        "beats", "card", "codec", "context", "deadletters", "events", "handlers",
+        "journals.*", "publisher", "slots", "supervision.*", "telemetry", "values",
     },
     "opentelemetry": {"telemetry"},
     "pytest": {"testing.*"},
     "pytest_asyncio": {"testing.*"},
-    "redis": {"brokers.redis_nodes", "journals.redis"},
+    "redis": {"redis_link.nodes"},
     "rich": {"cli.*"},
     "zmq": {"brokers.zeromq", "brokers.forwarder"},
 }  # fmt: skip

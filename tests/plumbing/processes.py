@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from mesh.rundir import RunDir
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 
@@ -259,3 +261,14 @@ def _sockets_in(folder: Path) -> frozenset[str]:
     return frozenset(
         f"socket:[{row[6]}]" for row in rows if len(row) > 7 and row[7].startswith(str(folder))
     )
+
+
+def end_forwarder(directory: Path) -> None:
+    """End the forwarder that the first broker of a directory brought up; it would linger."""
+    rundir = RunDir(directory)
+    lock = rundir.lock("forwarder")
+    pid = rundir.holder(lock)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: rundir.holder(lock) is None)

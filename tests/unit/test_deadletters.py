@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from mesh.deadletters import (
     MAX_FRAME_BYTES,
     Attempt,
+    DeadLetter,
     DeadLetters,
     decode_letter,
     encode_letter,
     traceback_hash,
 )
+from mesh.errors import BrokerUnavailableError
 from mesh.events import Event
+from mesh.journals.memory import MemoryJournal
 from tests.plumbing.journals import letter
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
 
 
 def _event() -> Event:
@@ -54,7 +56,9 @@ def test_errors_of_one_place_share_a_hash() -> None:
 def test_an_event_is_kept_with_its_failure() -> None:
     letters = DeadLetters("risk")
     event = _event()
-    letters.put_event(event, "failed", _raised(ValueError, "no"), handler="check", attempts=3)
+    letters.put(
+        letters.letter(event, "failed", _raised(ValueError, "no"), handler="check", attempts=3)
+    )
     (kept,) = letters.newest
 
     assert (kept.id, kept.error) == (f"{event.id}/risk/check", "ValueError: no")
@@ -64,15 +68,32 @@ def test_an_event_is_kept_with_its_failure() -> None:
     assert kept.traceback_hash
 
 
-def test_bytes_that_are_no_event_are_kept_cut_and_sampled(tmp_path: Path) -> None:
-    path = tmp_path / "risk.jsonl"
-    letters = DeadLetters("risk", path)
+async def test_bytes_that_are_no_event_are_kept_cut_and_sampled() -> None:
+    journal = MemoryJournal()
+    await journal.connect()
+    letters = DeadLetters("risk", journal.bury)
     for _ in range(3):
         letters.put_frame("order", "undecodable", "bad", b"\xff" * (MAX_FRAME_BYTES + 1))
-    letters.close()
+    await letters.close()
 
     assert letters.total == 3
-    (kept,) = letters.newest
+    (kept,) = await journal.dead()
     assert kept.frame == b"\xff" * MAX_FRAME_BYTES
-    (line,) = path.read_text().splitlines()
-    assert json.loads(line)["reason"] == "undecodable"
+    assert kept.reason == "undecodable"
+
+
+async def test_letters_wait_for_a_journal_that_is_away() -> None:
+    kept: list[DeadLetter] = []
+    away = [True, True, False]
+
+    async def bury(batch: Sequence[DeadLetter]) -> None:
+        if away.pop(0):
+            raise BrokerUnavailableError("away")
+        kept.extend(batch)
+
+    letters = DeadLetters("risk", bury)
+    event = _event()
+    letters.put(letters.letter(event, "failed", "no"))
+    await letters.close()
+
+    assert [letter.id for letter in kept] == [f"{event.id}/risk/"]

@@ -189,7 +189,7 @@ async def test_retrying_ends_with_a_dead_letter(fabric: Fabric, fake_clock: Fake
 
     trying = asyncio.create_task(
         publisher.publish_with_retry(
-            event_type=EventType.TRADE_APPROVED, data={"value": 1}, max_retries=2, retry_delay_ms=50
+            event_type=EventType.SYSTEM_ALERT, data={"value": 1}, max_retries=2, retry_delay_ms=50
         )
     )
     for _ in range(2):
@@ -201,7 +201,7 @@ async def test_retrying_ends_with_a_dead_letter(fabric: Fabric, fake_clock: Fake
     assert (letter.reason, letter.attempts, letter.topic) == (
         "unpublished",
         3,
-        EventType.TRADE_APPROVED,
+        EventType.SYSTEM_ALERT,
     )
     assert "memory took no event" in letter.error
     await publisher.close()

@@ -1,0 +1,349 @@
+"""
+The durable side of a consumer: it reads the journal, hands events to the slots, and commits the
+steps that come back, many in one transaction.
+
+Handlers run ahead of the commits: a step that is under way holds nobody up, and at most
+`MAX_UNSETTLED` events are. When the journal is away, steps wait here and reading stops by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from itertools import groupby
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from mesh import codec
+from mesh.context import merge_state
+from mesh.errors import BrokerUnavailableError, ClosedError, FrameError, MeshError
+from mesh.journal import LEASE_S, MAX_UNSETTLED, Delivery, Journal, Step
+from mesh.ledger import IN_RECEIVED, IN_SETTLED, JOURNAL
+from mesh.retry import RetryPolicy
+from mesh.topics import PRIVATE_PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from mesh.broker import MessageBroker
+    from mesh.clock import Clock
+    from mesh.deadletters import DeadLetter
+    from mesh.events import Event
+    from mesh.ledger import Ledger
+
+_log = logging.getLogger(__name__)
+
+#: So many events a read: what one commit can settle in one go.
+_READ_EVENTS = 256
+#: A read that waits returns this often; it is woken by every append.
+_READ_WAIT_S = 5.0
+#: Pauses while the journal does not answer.
+_OUTAGE = RetryPolicy(first_delay_s=0.05, max_delay_s=2.0)
+_REPLAY_PREFIX = f"{PRIVATE_PREFIX}replay."
+
+
+_topic_of = attrgetter("topic")
+
+
+def replay_topic(group: str) -> str:
+    """Give the topic on which dead letters of a group come back to the handler that failed."""
+    return _REPLAY_PREFIX + group
+
+
+class Kept(NamedTuple):
+    """Durable events of one topic on their way to the slots."""
+
+    topic: str
+    events: list[Event]
+    deliveries: list[Delivery]
+    #: Only this handler, for a dead letter that is replayed.
+    only: str | None = None
+
+
+class DurableIntake:
+    """
+    Reads and settles for one consumer of a group.
+
+    Args:
+        journal: Connected.
+        broker: Carries wake-ups between processes.
+        group: The agent's name.
+        consumer: This replica's name.
+        ledger: Where events are counted.
+        clock: Pauses between tries.
+        state: The group's state as this process knows it: committed, or about to be.
+        take: Hands events on to the slots; must not block.
+        schema_of: The class in which a topic's handlers want payloads.
+        bury: Makes a dead letter of bytes that are no event.
+    """
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        broker: MessageBroker,
+        group: str,
+        consumer: str,
+        ledger: Ledger,
+        clock: Clock,
+        state: dict[str, bytes],
+        take: Callable[[Kept], None],
+        schema_of: Callable[[str], type | None],
+        bury: Callable[[str, str, str, bytes], DeadLetter],
+    ) -> None:
+        """Prepare; nothing is read yet."""
+        self.journal = journal
+        self.group = group
+        self.consumer = consumer
+        self.state = state
+        self._broker = broker
+        self._ledger = ledger
+        self._clock = clock
+        self._take = take
+        self._schema_of = schema_of
+        self._bury = bury
+        self._topics: list[str] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._reader: asyncio.Task[None] | None = None
+        self._steps: list[Step] = []
+        self._committing = 0
+        self._filled = asyncio.Event()
+        self._emptied = asyncio.Event()
+        self._emptied.set()
+        #: Handed to the slots and not settled, by the journal's name of the place.
+        self._out: dict[tuple[str, int | str], Delivery] = {}
+        self._away = False
+
+    async def open(self, topics: Collection[str], start: str) -> None:
+        """
+        Declare the group, load its state.
+
+        Raises:
+            ConfigurationError: `start` is neither ``now`` nor ``earliest``.
+            BrokerUnavailableError: The journal does not answer.
+        """
+        self._topics = sorted({*topics, replay_topic(self.group)})
+        await self.journal.declare(self.group, self._topics, start=start)
+        await self._broker.wake_on_append(self._topics)
+        self.state.update(await self.journal.load_state(self.group))
+
+    def start(self) -> None:
+        """Begin to read and to commit."""
+        self._reader = asyncio.create_task(self._read(), name=f"{self.group}-journal-reader")
+        self._tasks = [
+            asyncio.create_task(self._commit(), name=f"{self.group}-journal-committer"),
+            asyncio.create_task(self._renew(), name=f"{self.group}-journal-lease"),
+        ]
+
+    def settle(self, step: Step) -> None:
+        """Commit a step soon, after all that came before it."""
+        if step.state:
+            merge_state(self.state, step.state)
+        self._steps.append(step)
+        if not self._filled.is_set():
+            self._emptied.clear()
+            self._filled.set()
+
+    def note_committed(self, step: Step) -> None:
+        """Take over what a step changed that somebody else has committed."""
+        merge_state(self.state, step.state)
+        self._count_said([step])
+
+    def unsettled(self) -> int:
+        """Count what was handed to the slots and is not committed."""
+        return len(self._out)
+
+    async def committed(self) -> None:
+        """Return when all steps given so far are committed."""
+        await self._emptied.wait()
+
+    async def stop_reading(self) -> None:
+        """Hand nothing more out."""
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def close(self, limit_s: float) -> None:
+        """
+        Commit what is done, give back what is not, leave the group.
+
+        Args:
+            limit_s: How long the journal may take.
+        """
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.committed()
+        except TimeoutError:
+            _log.warning(
+                "%s: %d durable steps could not be committed at the end; their events come again",
+                self.group,
+                len(self._steps) + self._committing,
+            )
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.journal.release(self.group, self.consumer, list(self._out.values()))
+                await self.journal.leave(self.group, self.consumer)
+        except (MeshError, TimeoutError) as error:
+            _log.warning("%s could not leave its group in order: %s", self.group, error)
+
+    # -- reading -------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        tries = 0
+        while True:
+            try:
+                deliveries = await self.journal.read(
+                    self.group, self.consumer, limit=_READ_EVENTS, wait_s=_READ_WAIT_S
+                )
+            except ClosedError as error:
+                _log.error("%s hears no durable events any more: %s", self.group, error)
+                return
+            except BrokerUnavailableError as error:
+                tries += 1
+                await self._wait_out(error, tries)
+                continue
+            tries = 0
+            if deliveries:
+                for topic, group in groupby(deliveries, key=_topic_of):
+                    self._receive(topic, list(group))
+
+    def _receive(self, topic: str, deliveries: list[Delivery]) -> None:
+        at = self._ledger.link(JOURNAL, topic)
+        self._ledger.cells[at + IN_RECEIVED] += len(deliveries)
+        for each in deliveries:
+            self._out[topic, each.position] = each
+        if topic.startswith(_REPLAY_PREFIX):
+            for each in deliveries:
+                self._receive_replay(each)
+            return
+        events = self._decode_all(topic, [each.frame for each in deliveries])
+        if events is not None:
+            self._take(Kept(topic, events, deliveries))
+            return
+        for each in deliveries:
+            event = self._decode(topic, each)
+            if event is not None:
+                self._take(Kept(topic, [event], [each]))
+
+    def _decode_all(self, topic: str, frames: list[bytes]) -> list[Event] | None:
+        """Decode events that were encoded alone in one go; None when one of them is not sound."""
+        # JSON cannot be joined; msgpack maps can
+        if any(frame[:1] in (b"{", b"[", b"") for frame in frames):
+            return None
+        try:
+            batch = codec.decode_frame(topic, codec.join_frames(frames), self._schema_of(topic))
+        except FrameError:
+            return None
+        return batch.events if len(batch.events) == len(frames) else None
+
+    def _decode(self, topic: str, delivery: Delivery) -> Event | None:
+        """Decode one; what is no event is put aside and settled, or it would come for ever."""
+        try:
+            batch = codec.decode_frame(topic, delivery.frame)
+            if batch.rejected:
+                raise FrameError(batch.rejected[0][0], batch.rejected[0][1])
+            if len(batch.events) != 1:
+                raise FrameError("undecodable", f"{len(batch.events)} events in one record")
+        except FrameError as error:
+            self._ledger.count(error.reason)
+            letter = self._bury(topic, error.reason, str(error), delivery.frame)
+            self.settle(Step(acks=[delivery], dead=[letter]))
+            return None
+        return batch.events[0]
+
+    def _receive_replay(self, delivery: Delivery) -> None:
+        event = self._decode(delivery.topic, delivery)
+        if event is None:
+            return
+        try:
+            topic, handler, frame = (event.data[name] for name in ("topic", "handler", "frame"))
+            inner = codec.decode_frame(topic, frame).events[0]
+        except (FrameError, KeyError, IndexError, TypeError, ValueError) as error:
+            letter = self._bury(delivery.topic, "undecodable", repr(error), delivery.frame)
+            self.settle(Step(acks=[delivery], dead=[letter]))
+            return
+        self._take(Kept(topic, [inner], [delivery], handler))
+
+    # -- settling ------------------------------------------------------------------------------
+
+    async def _commit(self) -> None:
+        while True:
+            await self._filled.wait()
+            self._filled.clear()
+            steps, self._steps = self._steps, []
+            self._committing = len(steps)
+            for begun in range(0, len(steps), MAX_UNSETTLED):
+                part = steps[begun : begun + MAX_UNSETTLED]
+                await self._commit_part(part)
+                self._committing -= len(part)
+            if not self._steps:
+                self._emptied.set()
+
+    async def _commit_part(self, steps: Sequence[Step]) -> None:
+        tries = 0
+        while True:
+            try:
+                refused = await self.journal.commit(self.group, self.consumer, steps)
+            except BrokerUnavailableError as error:
+                tries += 1
+                await self._wait_out(error, tries)
+                continue
+            break
+        if self._away:
+            self._away = False
+            _log.warning("%s: the journal is back", self.group)
+        self._count_settled(steps, IN_SETTLED)
+        if refused:
+            # Received and settled by somebody else
+            self._count_settled(refused, IN_RECEIVED, -1)
+            self._count_settled(refused, IN_SETTLED, -1)
+            refused_ids = set(map(id, refused))
+            steps = [step for step in steps if id(step) not in refused_ids]
+        self._count_said(steps)
+        if refused:
+            await self._forget_refused(refused)
+
+    def _count_settled(self, steps: Sequence[Step], cell: int, sign: int = 1) -> None:
+        acks = [delivery for step in steps for delivery in step.acks]
+        out = self._out
+        for delivery in acks:
+            out.pop((delivery.topic, delivery.position), None)
+        for topic, amount in Counter(map(_topic_of, acks)).items():
+            self._ledger.cells[self._ledger.link(JOURNAL, topic) + cell] += sign * amount
+
+    def _count_said(self, steps: Sequence[Step]) -> None:
+        said = Counter(record.topic for step in steps for record in step.records)
+        for topic, amount in said.items():
+            self._ledger.count_said(topic, amount, self._clock.time_s())
+
+    async def _forget_refused(self, refused: Sequence[Step]) -> None:
+        """Other replicas own these events by now; what they changed in memory is not true."""
+        self._ledger.count("refused_steps", len(refused))
+        _log.warning(
+            "%s: %d steps were refused, for their events belong to another replica by now",
+            self.consumer,
+            len(refused),
+        )
+        state = await self.journal.load_state(self.group)
+        self.state.clear()
+        self.state.update(state)
+        for step in self._steps:
+            merge_state(self.state, step.state)
+
+    async def _renew(self) -> None:
+        while True:
+            await self._clock.sleep(LEASE_S / 4)
+            try:
+                await self.journal.renew(self.group, self.consumer)
+            except BrokerUnavailableError as error:
+                await self._wait_out(error, 1)
+
+    async def _wait_out(self, error: BrokerUnavailableError, tries: int) -> None:
+        if not self._away:
+            self._away = True
+            _log.warning("%s waits for the journal (said once an outage): %s", self.group, error)
+        await self._clock.sleep(_OUTAGE.delay_s(tries))

@@ -1,0 +1,494 @@
+"""
+Where handlers run: one event, one handler at a time in each slot, with tries, time limits and what
+becomes of an event that cannot be handled.
+
+A slot is a task that runs handlers one after the other; there is no task per event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import zlib
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mesh.causality import current_event
+from mesh.context import HandlerContext, current_context
+from mesh.errors import PayloadError
+from mesh.handlers import Handler, own_copy
+from mesh.inbox import Arrival, Inbox, make_inbox
+from mesh.ledger import IN_SETTLED, Ledger
+from mesh.outcomes import Outcome, Reject, Retry, Skip
+from mesh.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mesh.consumer_config import ConsumerConfig
+    from mesh.deadletters import DeadLetters
+    from mesh.events import Event
+    from mesh.journal import Delivery, Step
+
+_log = logging.getLogger(__name__)
+
+#: Handlers that never wait give the loop a turn after so many events.
+_EVENTS_A_TURN = 256
+#: A cancelled handler that is still there after this long holds the agent up for good.
+CANCEL_GRACE_S = 5.0
+_FAILED = Ledger.at("failed")
+
+
+class _Slot:
+    """One handler at a time; what the watch sees of it."""
+
+    __slots__ = (
+        "age_s",
+        "event",
+        "handler",
+        "inbox",
+        "pausing",
+        "retries",
+        "seen",
+        "task",
+        "timed_out",
+    )
+
+    def __init__(self, inbox: Inbox) -> None:
+        self.inbox = inbox
+        self.task: asyncio.Task[None] | None = None
+        self.event: Event | None = None
+        self.handler: Handler | None = None
+        #: What the watch saw last: the same event and try again is one that is still running.
+        self.seen: tuple[Event | None, int] = (None, 0)
+        self.retries = 0
+        self.age_s = 0.0
+        self.timed_out = False
+        self.pausing = False
+
+
+class Slots:
+    """
+    The slots of one consumer.
+
+    Args:
+        config: The consumer's.
+        ledger: Where events are counted.
+        dead_letters: Where live events are put aside.
+        state: The agent's durable state, encoded.
+        settle: Takes the steps of durable events.
+        on_room: Called when a full inbox has room again.
+    """
+
+    def __init__(
+        self,
+        config: ConsumerConfig,
+        ledger: Ledger,
+        dead_letters: DeadLetters,
+        state: dict[str, bytes],
+        settle: Callable[[Step], None],
+        on_room: Callable[[], None],
+    ) -> None:
+        """Prepare; nothing runs yet."""
+        self._config = config
+        self._agent_name = config.agent_name
+        self._ledger = ledger
+        self._cells = ledger.cells
+        self._dead_letters = dead_letters
+        self._state = state
+        self._settle = settle
+        self._on_room = on_room
+        self._retry = RetryPolicy(
+            max_retries=config.max_retries, first_delay_s=config.retry_delay_ms / 1000
+        )
+        self._slots = [
+            _Slot(make_inbox(config.buffer_size, config.overflow))
+            for _ in range(config.concurrency)
+        ]
+        self._watch_task: asyncio.Task[None] | None = None
+        self._blocked = False
+        self._idle: asyncio.Event | None = None
+
+    def start(self) -> None:
+        """Begin to handle."""
+        for number, slot in enumerate(self._slots):
+            slot.task = asyncio.create_task(
+                self._work(slot), name=f"{self._agent_name}-slot-{number}"
+            )
+        self._watch_task = asyncio.create_task(self._watch(), name=f"{self._agent_name}-watch")
+
+    async def stop(self) -> None:
+        """End at once; what waits or runs stays unsettled."""
+        tasks = [slot.task for slot in self._slots if slot.task is not None]
+        if self._watch_task is not None:
+            tasks.append(self._watch_task)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drained(self) -> None:
+        """Return when no event waits and no handler runs."""
+        while self.is_busy():
+            self._idle = asyncio.Event()
+            await self._idle.wait()
+
+    # -- what others ask -----------------------------------------------------------------------
+
+    def is_busy(self) -> bool:
+        """Say whether an event waits or a handler runs."""
+        return any(slot.inbox.size or slot.event is not None for slot in self._slots)
+
+    def queued(self) -> int:
+        """Count the events that wait."""
+        return sum(slot.inbox.size for slot in self._slots)
+
+    def in_flight(self) -> tuple[int, float, str | None]:
+        """Tell how many handlers run, the age of the oldest in seconds, and its id."""
+        busy = [slot for slot in self._slots if slot.event is not None]
+        if not busy:
+            return 0, 0.0, None
+        oldest = max(busy, key=lambda slot: slot.age_s)
+        return len(busy), oldest.age_s, oldest.handler.id if oldest.handler else None
+
+    def is_stuck(self) -> bool:
+        """Say whether a handler was cancelled and is still there: only a restart helps."""
+        return any(
+            slot.timed_out and slot.age_s > self._limit_s(slot) + CANCEL_GRACE_S
+            for slot in self._slots
+        )
+
+    def has_room(self) -> bool:
+        """Say whether the inboxes take more; `on_room` is called later when not."""
+        for slot in self._slots:
+            if not slot.inbox.has_room():
+                self._blocked = True
+                return False
+        return True
+
+    def put(self, arrival: Arrival) -> list[tuple[int, int]]:
+        """Take in events; gives what was dropped for them: (link, how many)."""
+        if len(self._slots) == 1:
+            return self._slots[0].inbox.put(arrival)
+        return self._spread(arrival)
+
+    def _spread(self, arrival: Arrival) -> list[tuple[int, int]]:
+        """Give each key to one slot, so that its order is kept."""
+        places: dict[int, list[int]] = {}
+        for position, event in enumerate(arrival.events):
+            # crc32, not hash(): the same key goes to the same slot in every process and run
+            number = zlib.crc32((event.key or event.id).encode()) % len(self._slots)
+            places.setdefault(number, []).append(position)
+        dropped: list[tuple[int, int]] = []
+        for number, positions in places.items():
+            kept = arrival.deliveries
+            part = msgspec.structs.replace(
+                arrival,
+                events=[arrival.events[at] for at in positions],
+                deliveries=None if kept is None else [kept[at] for at in positions],
+            )
+            dropped += self._slots[number].inbox.put(part)
+        return dropped
+
+    # -- handling ------------------------------------------------------------------------------
+
+    async def _work(self, slot: _Slot) -> None:
+        inbox = slot.inbox
+        since_turn = 0
+        while True:
+            arrival = inbox.take()
+            if arrival is None:
+                self._tell_idle()
+                await inbox.wait()
+                since_turn = 0
+                continue
+            since_turn += arrival.left()
+            if arrival.deliveries is None:
+                await self._run(slot, arrival)
+            else:
+                await self._run_durable(slot, arrival, arrival.deliveries)
+            if self._blocked and inbox.size <= self._config.buffer_size // 2:
+                self._blocked = False
+                self._on_room()
+            if since_turn >= _EVENTS_A_TURN:
+                since_turn = 0
+                await asyncio.sleep(0)
+
+    async def _run(self, slot: _Slot, arrival: Arrival) -> None:
+        """Handle the live events of an arrival, until something more urgent comes."""
+        cells, settled_at = self._cells, arrival.link + IN_SETTLED
+        handlers, events, inbox, lane = arrival.handlers, arrival.events, slot.inbox, arrival.lane
+        only = handlers[0] if len(handlers) == 1 else None
+        run = handlers[0].run
+        slot.handler = only
+        set_current, max_hops = current_event.set, self._config.max_hops
+        begun = position = arrival.position
+        failed = 0
+        for event in events[position:] if position else events:
+            slot.event = event
+            position += 1
+            set_current(event)
+            if (event.expires_at is not None or event.hops > max_hops) and self._is_parked(event):
+                failed += 1
+            elif only is not None:
+                try:
+                    await run(event)
+                except BaseException as error:  # noqa: BLE001 - sorted out in `_failed`
+                    failed += 1
+                    await self._failed(slot, only, event, error)
+            else:
+                await self._run_each(slot, handlers, event)
+            cells[settled_at] += 1
+            if inbox.urgent < lane:
+                break
+        if position < len(events):
+            arrival.position = position
+            inbox.put_back(arrival)
+        slot.event = None
+        set_current(None)
+        if only is not None:
+            only.calls += position - begun - failed
+        self._note_latency(event)
+
+    async def _run_each(self, slot: _Slot, handlers: tuple[Handler, ...], event: Event) -> None:
+        for position, handler in enumerate(handlers):
+            slot.handler = handler
+            mine = own_copy(event) if position else event
+            current_event.set(mine)
+            try:
+                await handler.run(mine)
+                handler.calls += 1
+            except BaseException as error:  # noqa: BLE001 - sorted out in `_failed`
+                await self._failed(slot, handler, mine, error)
+
+    async def _run_durable(self, slot: _Slot, arrival: Arrival, deliveries: list[Delivery]) -> None:
+        """Handle the durable events of an arrival; each becomes a step."""
+        inbox, events = slot.inbox, arrival.events
+        try:
+            for position in range(arrival.position, len(events)):
+                event, delivery = events[position], deliveries[position]
+                slot.event = event
+                context = HandlerContext(self._agent_name, self._state, event, delivery)
+                current_context.set(context)
+                await self._run_in_step(slot, arrival, event, context)
+                self._settle(context.step())
+                arrival.position = position + 1
+                if inbox.urgent < arrival.lane:
+                    break
+        finally:
+            slot.event = None
+            current_event.set(None)
+            current_context.set(None)
+        self._note_latency(event)
+        if arrival.left():
+            inbox.put_back(arrival)
+
+    async def _run_in_step(
+        self, slot: _Slot, arrival: Arrival, event: Event, context: HandlerContext
+    ) -> None:
+        if (why := self._why_parked(event, context)) is not None:
+            reason, words = why
+            self._ledger.count(reason)
+            context.dead.append(self._dead_letters.letter(event, reason, words))
+            return
+        delivery = context.delivery
+        assert delivery is not None
+        for position, handler in enumerate(arrival.handlers):
+            if handler.id in delivery.done or arrival.only not in (None, handler.id):
+                continue
+            slot.handler = handler
+            mine = own_copy(event) if position else event
+            current_event.set(mine)
+            context.begin(handler.id)
+            try:
+                await handler.run(mine)
+                handler.calls += 1
+            except BaseException as error:  # noqa: BLE001 - sorted out in `_failed`
+                await self._failed(slot, handler, mine, error, context)
+
+    async def _failed(
+        self,
+        slot: _Slot,
+        handler: Handler,
+        event: Event,
+        error: BaseException,
+        context: HandlerContext | None = None,
+    ) -> None:
+        """Try a handler again, or put the event aside; cancellation from outside passes through."""
+        policy = handler.retry or self._retry
+        retries = policy.max_retries if handler.max_retries is None else handler.max_retries
+        attempt = 1
+        while True:
+            failure = self._as_failure(slot, handler, error)
+            if context is not None:
+                context.take_back()
+            if isinstance(failure, Skip):
+                self._ledger.count("skipped")
+                handler.calls += 1
+                return
+            if attempt > retries or not _is_worth_a_try(failure, policy):
+                break
+            handler.failed(failure)
+            # The pause is not the handler's time
+            slot.pausing = True
+            pause_s = failure.after_s if isinstance(failure, Retry) else policy.delay_s(attempt)
+            await self._config.clock.sleep(pause_s)
+            slot.pausing = False
+            slot.retries += 1
+            attempt += 1
+            if context is not None:
+                context.attempt = attempt
+            try:
+                await handler.run(event)
+            except BaseException as again:  # noqa: BLE001 - sorted out above
+                error = again
+            else:
+                handler.calls += 1
+                return
+        self._give_up(handler, event, failure, attempt, context)
+
+    def _give_up(
+        self,
+        handler: Handler,
+        event: Event,
+        failure: BaseException,
+        attempts: int,
+        context: HandlerContext | None,
+    ) -> None:
+        handler.failed(failure)
+        self._cells[_FAILED] += 1
+        reason = _reason(failure)
+        self._ledger.count(f"handler_{reason}")
+        letter = self._dead_letters.letter(
+            event, reason, failure, handler=handler.id, attempts=attempts
+        )
+        if context is None:
+            self._dead_letters.put(letter)
+        else:
+            context.dead.append(letter)
+        _log.error(
+            "handler %s of %s failed on %s %s after %d tries and the event was put aside: %s",
+            handler.id,
+            self._agent_name,
+            event.type,
+            event.id,
+            attempts,
+            failure or type(failure).__name__,
+            exc_info=None if isinstance(failure, Outcome) else failure,
+        )
+
+    def _as_failure(self, slot: _Slot, handler: Handler, error: BaseException) -> BaseException:
+        """Tell a handler's failure from the cancellation of the consumer."""
+        if not isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            return error
+        task = slot.task
+        if slot.timed_out and task is not None:
+            slot.timed_out = False
+            task.uncancel()
+            return TimeoutError(
+                f"{handler.id} ran longer than {self._limit_s(slot):g} s and was cancelled"
+            )
+        if isinstance(error, GeneratorExit) or task is None or task.cancelling():
+            raise error
+        return error
+
+    def _why_parked(self, event: Event, context: HandlerContext) -> tuple[str, str] | None:
+        """Say why a durable event must reach no handler."""
+        if context.deliveries > self._config.max_deliveries:
+            return "poison", (
+                f"its handling ended the process {context.deliveries - 1} times;"
+                f" the limit is {self._config.max_deliveries}"
+            )
+        return self._why_too_late(event)
+
+    def _why_too_late(self, event: Event) -> tuple[str, str] | None:
+        if event.expires_at is not None and event.expires_at <= self._config.clock.now():
+            return "expired", f"it expired at {event.expires_at}"
+        if event.hops > self._config.max_hops:
+            return "hops", (
+                f"{event.hops} handlers lie behind it, the limit is {self._config.max_hops}:"
+                " do agents answer each other in circles?"
+            )
+        return None
+
+    def _is_parked(self, event: Event) -> bool:
+        why = self._why_too_late(event)
+        if why is None:
+            return False
+        reason, words = why
+        self._ledger.count(reason)
+        self._dead_letters.put(self._dead_letters.letter(event, reason, words))
+        return True
+
+    def _note_latency(self, event: Event) -> None:
+        late_s = self._config.clock.time_s() - event.timestamp.timestamp()
+        self._ledger.record_latency(late_s * 1e6)
+        if self._config.log_events:
+            _log.debug("%s handled %s %s", self._agent_name, event.type, event.id)
+
+    def _tell_idle(self) -> None:
+        if self._idle is not None:
+            self._idle.set()
+            self._idle = None
+
+    # -- time limits ---------------------------------------------------------------------------
+
+    def _limit_s(self, slot: _Slot) -> float:
+        handler = slot.handler
+        if handler is not None and handler.timeout_s is not None:
+            return handler.timeout_s
+        return self._config.handler_timeout_s
+
+    async def _watch(self) -> None:
+        """
+        Cancel handlers over their limit.
+
+        One look at a counter a tick replaces a timer per event, which would cost more than the
+        handler itself.
+        """
+        clock = self._config.clock
+        while True:
+            tick_s = self._tick_s()
+            before = clock.mono_s()
+            await clock.sleep(tick_s)
+            elapsed_s = clock.mono_s() - before
+            for slot in self._slots:
+                self._look_at(slot, elapsed_s)
+
+    def _tick_s(self) -> float:
+        registry = self._config.handler_registry
+        limits = [self._config.handler_timeout_s]
+        for topic in registry.topics_of(self._agent_name):
+            limits += [
+                handler.timeout_s
+                for handler in registry.handlers_of(topic, self._agent_name)
+                if handler.timeout_s is not None
+            ]
+        return min(1.0, max(0.02, min(limits) / 5))
+
+    def _look_at(self, slot: _Slot, elapsed_s: float) -> None:
+        event, retries = slot.seen
+        if slot.event is None or slot.pausing or slot.event is not event or slot.retries != retries:
+            slot.seen = (slot.event, slot.retries)
+            slot.age_s = 0.0
+            return
+        slot.age_s += elapsed_s
+        if slot.age_s > self._limit_s(slot) and not slot.timed_out and slot.task is not None:
+            slot.timed_out = True
+            slot.task.cancel()
+
+
+def _is_worth_a_try(failure: BaseException, policy: RetryPolicy) -> bool:
+    if isinstance(failure, Retry):
+        return True
+    return isinstance(failure, policy.on) and not isinstance(
+        failure, (TimeoutError, PayloadError, Reject)
+    )
+
+
+def _reason(failure: BaseException) -> str:
+    if isinstance(failure, TimeoutError):
+        return "timeout"
+    if isinstance(failure, Reject):
+        return "rejected"
+    return "invalid" if isinstance(failure, PayloadError) else "failed"
