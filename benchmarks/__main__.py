@@ -2,7 +2,7 @@
 Measure the mesh against bare peers, in turns, and print the ratios of the medians.
 
 ``scripts/bench`` runs all; ``scripts/bench --rounds 5 --only latency`` runs what has the word in
-its name.
+its name; ``scripts/bench --peers`` measures other people's buses instead (benchmarks/peers.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import cross, durable, inside, journal, over_redis, startup
+from benchmarks import cross, durable, inside, journal, over_redis, peers, startup
 
 Measure = Callable[[], float]
 
@@ -194,8 +194,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each pair (default 3)")
     parser.add_argument("--only", default="", help="only rows whose name holds this word")
+    parser.add_argument("--peers", action="store_true", help="measure other people's buses")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}")
+    if options.peers:
+        peers.measure_peers(options.rounds)
+        return
     print(f"{'':46}{'ours':>12}{'peer':>12}  {'unit':<12}{'ratio':>7}{'spread':>14}  target")
     for row in COMPARISONS:
         if options.only in row.name:
