@@ -131,6 +131,20 @@ COMPARISONS = [
         "~ 1",
     ),
     Comparison(
+        "dispatch to 1,000 handlers / to 10, each",
+        lambda: inside.dispatch_to(1000),
+        lambda: inside.dispatch_to(10),
+        "calls/s",
+        "~ 1",
+    ),
+    Comparison(
+        "dispatch to 10,000 handlers / to 10, each",
+        lambda: inside.dispatch_to(10_000),
+        lambda: inside.dispatch_to(10),
+        "calls/s",
+        "~ 1",
+    ),
+    Comparison(
         "SQLite append 100 a batch / bare insert, 100 a commit",
         journal.append_batches,
         journal.bare_batches,

@@ -62,6 +62,23 @@ async def _dispatch(others: int) -> float:
     return _COUNT / (time.perf_counter() - begun)
 
 
+def dispatch_to(handlers: int) -> float:
+    """Dispatch to so many handlers of one type; handlers called/s."""
+    return asyncio.run(_dispatch_to(handlers))
+
+
+async def _dispatch_to(handlers: int) -> float:
+    registry = EventHandlerRegistry()
+    for number in range(handlers):
+        await registry.register(EventType.MARKET_DATA_RECEIVED, _handler, "bench", str(number))
+    event = Event(EventType.MARKET_DATA_RECEIVED, _DATA, "bench")
+    times = _COUNT // handlers
+    begun = time.perf_counter()
+    for _ in range(times):
+        await registry.dispatch(event)
+    return times * handlers / (time.perf_counter() - begun)
+
+
 class _Ear(Agent):
     seen = 0
 
