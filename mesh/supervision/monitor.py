@@ -90,7 +90,7 @@ class Monitor:
             waited_s=kernel.waited_s,
             ledger=lambda name: read_ledger(rundir.ledger(name)),
         )
-        self._seen = Sightings(self._config, probe)
+        self._vitals = Sightings(self._config, probe)
         self._condemned: set[int] = set()
         self._programs: list[ProcessInfo] = []
         self._gate_open = False
@@ -110,7 +110,7 @@ class Monitor:
                 watching.cancel()
 
     def _hear(self, beat: Beat) -> bool:
-        if not self._seen.hear(beat, time.monotonic()):
+        if not self._vitals.hear(beat, time.monotonic()):
             return False
         # The beat that says READY may be the one that completes the mesh: no need to wait a round
         if self._gate_open and beat.state == "ready":
@@ -139,10 +139,10 @@ class Monitor:
             self._complain_once("supervisord", 0, str(error))
             return
         now_s = time.monotonic()
-        self._seen.forget(self._programs, now_s)
+        self._vitals.forget(self._programs, now_s)
         self._count_rejected()
         self._try_gate()
-        sightings = self._seen.look(self._programs, now_s)
+        sightings = self._vitals.look(self._programs, now_s)
         self._tell(sightings, now_s)
         doomed = choose(
             sightings,
@@ -167,18 +167,18 @@ class Monitor:
         away_s = absence_s(late_s, waited_s)
         if away_s:
             _log.warning("was away for %.1f s; all deadlines move by that", away_s)
-            self._seen.excuse(away_s, now_s)
+            self._vitals.excuse(away_s, now_s)
         else:
             _log.warning("waited %.1f s for a CPU: this host is overloaded", late_s)
 
     def _try_gate(self) -> None:
         if self._gate_open:
             return
-        ready = {(each.name, each.pid) for each in self._seen.beats() if each.state == "ready"}
+        ready = {(each.name, each.pid) for each in self._vitals.beats() if each.state == "ready"}
         if is_open(self._programs, ready):
             self._gate_open = True
             _log.info("all agents are READY: sources may speak")
-            for beat in self._seen.beats():
+            for beat in self._vitals.beats():
                 self._open_gate(beat)
 
     def _count_rejected(self) -> None:
