@@ -56,6 +56,8 @@ class Lane:
     plain: dict[str, tuple[Spot, int]] = field(default_factory=dict)
     #: The same for those that were given back, and are on the pending list since.
     returned: dict[str, tuple[Spot, int]] = field(default_factory=dict)
+    #: All up to here is settled, but for what is on the pending list.
+    settled_to: Spot = START
     #: Fetched, but other streams may have something older.
     fetched: list[tuple[Spot, Lane, Entry]] = field(default_factory=list)
     fetched_to: Spot = START

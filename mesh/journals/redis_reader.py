@@ -473,7 +473,9 @@ def _lane(place: Place, key: bytes, token: str, facts: list[Any]) -> Lane:
         position, _, handler = mark.decode().partition(" ")
         done.setdefault(position, set()).add(handler)
     waiting = sorted((spot_of(position), count) for position, count in pending)
-    return Lane(*place, key, token, spot_of(spot), read, waiting, done)
+    lane = Lane(*place, key, token, spot_of(spot), read, waiting, done)
+    lane.settled_to = lane.spot
+    return lane
 
 
 def _place_of(marked: tuple[Any, Lane, Entry, int]) -> Any:
