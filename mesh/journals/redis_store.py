@@ -20,7 +20,7 @@ from mesh.retry import RetryPolicy
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
-    from mesh.journals.redis_scripts import Script
+    from mesh.journals.redis_lua import Script
     from mesh.redis_link.node import Node
     from mesh.redis_link.nodes import Nodes
     from mesh.redis_link.place import Place

@@ -88,7 +88,7 @@ class Writer:
 
     async def commit(self, group: str, me: Consumer | None, steps: Sequence[Step]) -> list[Step]:
         """Apply steps; gives the refused. What comes while a commit is on its way goes together."""
-        async with self._store.room(sum(_weight(step.records) for step in steps)):
+        async with self._store.room(sum([_weight(step.records) for step in steps if step.records])):
             if me is None:
                 refused = await self._apply(group, None, steps)
             else:
@@ -321,4 +321,4 @@ def _lost(changes: _Changes, reply: Any, lanes: Iterable[Lane]) -> list[Lane]:
 
 
 def _weight(records: Sequence[Record]) -> int:
-    return sum(len(record.frame) for record in records) + _RECORD_BYTES * len(records)
+    return sum([len(record.frame) for record in records]) + _RECORD_BYTES * len(records)
