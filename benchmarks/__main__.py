@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import cross, inside, journal, over_redis, startup
+from benchmarks import cross, inside, journal, journal_redis, over_redis, startup
 
 Measure = Callable[[], float]
 
@@ -148,6 +148,20 @@ COMPARISONS = [
         "SQLite backlog 1,000,000 / 1,000: start to append",
         lambda: journal.first_touch(1_000_000),
         lambda: journal.first_touch(1_000),
+        "ms",
+        "<= 1.5",
+    ),
+    Comparison(
+        "Redis append, read, settle / redis-py streams",
+        journal_redis.end_to_end,
+        journal_redis.peer_end_to_end,
+        "events/s",
+        ">= 2",
+    ),
+    Comparison(
+        "Redis backlog 1,000,000 / 1,000: start to append",
+        lambda: journal_redis.first_touch(1_000_000),
+        lambda: journal_redis.first_touch(1_000),
         "ms",
         "<= 1.5",
     ),

@@ -24,8 +24,10 @@ from __future__ import annotations
 import enum
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
+
+from mesh.values import State, Value, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -60,8 +62,7 @@ def partition_of(key: str) -> int:
     return zlib.crc32(key.encode()) % PARTITIONS
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Value, frozen=True):
     """An event on its way into the journal."""
 
     topic: str
@@ -77,8 +78,7 @@ class Record:
         return partition_of(self.id if self.key is None else self.key)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Delivery:
+class Delivery(Value, frozen=True, eq=False, gc=False):
     """An event handed to a consumer, which owes the journal a step for it."""
 
     #: The engine's own name of the place; grows within a partition and topic.
@@ -93,8 +93,7 @@ class Delivery:
     done: frozenset[str] = frozenset()
 
 
-@dataclass(slots=True)
-class Step:
+class Step(State):
     """What handling one event changes; applied whole or not at all."""
 
     #: Settled for good, parked ones included.

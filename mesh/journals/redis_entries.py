@@ -42,7 +42,12 @@ def position_of(spot: Spot) -> str:
 
 
 def read_entries(
-    replied: Sequence[Any], owner: Owner, topic: str, partition: int
+    replied: Sequence[Any],
+    owner: Owner,
+    topic: str,
+    partition: int,
+    count: int = 1,
+    done: frozenset[str] = frozenset(),
 ) -> list[tuple[Spot, Owner, Delivery]]:
     """
     Read what XRANGE, XREAD and XCLAIM give of one stream.
@@ -52,6 +57,8 @@ def read_entries(
         owner: Whose entries they are; comes back beside each.
         topic: The stream's topic.
         partition: Its partition.
+        count: How often they were handed out, this time included.
+        done: Handlers that have settled them.
     """
     entries = []
     for position, fields in replied:
@@ -61,7 +68,7 @@ def read_entries(
             name, frame = fields[1].decode(), fields[3]
         else:
             name, frame = _stranger(text, fields)
-        delivery = Delivery(text, topic, partition, name, frame)
+        delivery = Delivery(text, topic, partition, name, frame, count, done)
         entries.append(((int(ms), int(seq)), owner, delivery))
     return entries
 

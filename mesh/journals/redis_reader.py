@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mesh.journals.redis_consumers import name_of
@@ -46,9 +45,13 @@ class Reader:
                 await self._members.join(me)
             if limit <= 0 or me.must_wait():
                 return []
-            if await self._fill(me, limit):
-                continue
+            await self._fill(me, limit)
             picks = me.pick(limit)
+            # On one server the marking looks at the group as well, when there is something to mark
+            if not picks or self._keys.cluster:
+                me.stale |= await self._members.has_changed(me)
+            if me.stale:
+                continue
             if not picks:
                 return []
             try:
@@ -61,34 +64,17 @@ class Reader:
                 return handed
         return []
 
-    async def _fill(self, me: Consumer, limit: int) -> bool:
-        """Fetch until there is enough for a read, or no more; True: the group has changed."""
-        looked = False
-        while len(me.ready) < me.wants(limit):
-            if (me.ready or looked) and not any(lane.more for lane in me.open_lanes()):
-                break
-            if await self._fetch(me):
-                return True
-            looked = True
-        if not looked and self._keys.cluster and await self._members.has_changed(me):
-            # On one server it is the marking that looks at the group
-            me.stale = True
-        return me.stale
-
-    async def _fetch(self, me: Consumer) -> bool:
-        """Fetch what comes next in every stream; True when the group has changed instead."""
-        lanes, page = me.to_fetch(), me.page
-        peeking = asyncio.ensure_future(self._members.has_changed(me))
-        try:
-            fetched = await self._fetch_page(lanes, page)
-        finally:
-            changed = await peeking
-        if changed:
-            me.stale = True
-            return True
-        if not me.stale:
-            me.take_in(fetched, page)
-        return me.stale
+    async def _fill(self, me: Consumer, limit: int) -> None:
+        """Fetch until there is enough for a read, or no more."""
+        fetched = False
+        while len(me.ready) < me.wants(limit) and not me.stale:
+            if (me.ready or fetched) and not any(lane.more for lane in me.open_lanes()):
+                return
+            lanes, page = me.to_fetch(), me.page
+            found = await self._fetch_page(lanes, page)
+            if not me.stale:
+                me.take_in(found, page)
+            fetched = True
 
     async def _fetch_page(self, lanes: list[Lane], page: int) -> list[tuple[Lane, list[Fetched]]]:
         by_key = {lane.key: lane for lane in lanes}
@@ -205,6 +191,5 @@ class Reader:
         for (number, position, count), replied in zip(claims, rest[0], strict=True):
             lane = lanes[number - 1]
             done = frozenset(lane.done.get(position, ()))
-            for spot, _, found in read_entries(replied, lane, lane.topic, lane.partition):
-                claimed.append((spot, lane, replace(found, deliveries=count, done=done)))
+            claimed += read_entries(replied, lane, lane.topic, lane.partition, count, done)
         return set(lanes), claimed
