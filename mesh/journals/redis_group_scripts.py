@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mesh.journals.redis_lua import HEAD, MEMBERS, Script
+from mesh.journals.redis_lua import EVEN_FULL, HEAD, MEMBERS, Script
 
 #: Make the groups of each stream, at its end or its beginning.
 DECLARE = Script(
@@ -34,7 +34,8 @@ if call('SADD', KEYS[2], unpack(plan.topics)) > 0 then call('HINCRBY', KEYS[1], 
 #: Join a group, or look again at what is one's own. KEYS: numbers, topics, members, owners.
 JOIN = Script(
     "join",
-    HEAD
+    EVEN_FULL
+    + HEAD
     + MEMBERS
     + """
 local topics, me = call('SMEMBERS', KEYS[2]), plan.consumer
@@ -97,12 +98,13 @@ return {0, call('HGET', KEYS[1], 'version'), topics, owned, right, given}
 )
 
 #: Say whether a consumer should join anew; prolongs its lease. KEYS: numbers, members.
-PEEK = Script("peek", HEAD + MEMBERS + "return has_changed(1, 2) and 1 or 0")
+PEEK = Script("peek", EVEN_FULL + HEAD + MEMBERS + "return has_changed(1, 2) and 1 or 0")
 
 #: Prolong a lease. KEYS: members.
 RENEW = Script(
     "renew",
-    HEAD
+    EVEN_FULL
+    + HEAD
     + MEMBERS
     + """
 local me = members_of(KEYS[1])[plan.consumer]
@@ -115,7 +117,8 @@ return 1
 #: End a membership. KEYS: numbers, topics, members, owners.
 EVICT = Script(
     "evict",
-    HEAD
+    EVEN_FULL
+    + HEAD
     + MEMBERS
     + """
 local me = members_of(KEYS[3])[plan.consumer]
@@ -137,7 +140,8 @@ return {call('SMEMBERS', KEYS[2]), owned}
 #: Take over streams: from now on others' steps are refused there. Tells what was handed out before.
 TAKE = Script(
     "take",
-    HEAD
+    EVEN_FULL
+    + HEAD
     + """
 local taken = {}
 for at, key in ipairs(KEYS) do

@@ -29,6 +29,9 @@ class Script:
         object.__setattr__(self, "sha", digest)
 
 
+#: For scripts that must run when Redis is full, or nobody could empty it.
+EVEN_FULL = "#!lua flags=allow-oom\n"
+
 #: What every script begins with.
 HEAD = """
 local plan = cmsgpack.unpack(ARGV[1])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from mesh.journals.redis_lua import HEAD, MEMBERS, Script
+from mesh.journals.redis_lua import EVEN_FULL, HEAD, MEMBERS, Script
 
-#: Keep events, letters and state, and settle; all of it, or nothing when a stream is another's.
-COMMIT = Script(
-    "commit",
+_COMMIT = (
     HEAD
     + """
 local gone = lost()
@@ -53,7 +51,7 @@ local function keep_records()
       if type(added) == 'table' and added.err then
         if not string.find(added.err, 'equal or smaller', 1, true) then
           remember()
-          error(added.err)
+          return nil, added
         end
         -- A stranger has added here in this very millisecond
         local top = map(call('XINFO', 'STREAM', key))['last-generated-id']
@@ -76,7 +74,9 @@ local function keep_records()
   return known
 end
 
-local known = plan.ids and keep_records() or {}
+local known, refusal = {}, nil
+if plan.ids then known, refusal = keep_records() end
+if refusal then return refusal end
 if plan.topics then call('SADD', KEYS[plan.topics], unpack(plan.names)) end
 for _, letter in ipairs(plan.letters or {}) do
   local number = call('INCR', KEYS[plan.dead + 2])
@@ -109,13 +109,18 @@ for _, each in ipairs(plan.settled or {}) do
 end
 wake()
 return {0, known, plan.ms and text(now_ms()), plan.ms and call('GET', KEYS[plan.clock])}
-""",
+"""
 )
+#: Keep events, letters and state, and settle; all of it, or nothing when a stream is another's.
+COMMIT = Script("commit", _COMMIT)
+#: The same for what settles something.
+SETTLE = Script("settle", EVEN_FULL + _COMMIT)
 
 #: Hand events out: the stream says so before anybody gets them.
 MARK = Script(
     "mark",
-    HEAD
+    EVEN_FULL
+    + HEAD
     + MEMBERS
     + """
 if plan.numbers and has_changed(plan.numbers, plan.numbers + 1) then return {2} end
@@ -140,7 +145,8 @@ return {0, claimed}
 #: Take events back as if they had not been handed out; with `unfence`, let go of the streams.
 RELEASE = Script(
     "release",
-    HEAD
+    EVEN_FULL
+    + HEAD
     + """
 for _, each in ipairs(plan.streams) do
   local key = KEYS[each[1]]
@@ -193,7 +199,8 @@ return {text(now_ms()), found}
 #: Remove the oldest entries that every group has settled. KEYS: one stream.
 TRIM = Script(
     "trim",
-    HEAD
+    EVEN_FULL
+    + HEAD
     + """
 local key = KEYS[1]
 if call('EXISTS', key) == 0 then return {0, 0, ''} end
@@ -233,7 +240,8 @@ return {gone, bytes, head[1] and head[1][1] or ''}
 #: Remove dead letters. KEYS: the letters, their times.
 EXHUME = Script(
     "exhume",
-    HEAD
+    EVEN_FULL
+    + HEAD
     + """
 local gone = 0
 in_parts(plan.ids, function(first, last)

@@ -10,7 +10,7 @@ from mesh.errors import BrokerUnavailableError
 from mesh.journal import PARTITIONS
 from mesh.journals.redis_clock import ClusterClock
 from mesh.journals.redis_entries import spot_of
-from mesh.journals.redis_scripts import COMMIT
+from mesh.journals.redis_scripts import COMMIT, SETTLE
 from mesh.journals.redis_steps import Settlement
 
 if TYPE_CHECKING:
@@ -230,7 +230,8 @@ class Writer:
     async def _run(self, changes: _Changes) -> Any:
         if not changes.keys:
             return [0, []]
-        return await self._store.run(COMMIT, changes.keys, changes.plan, changes.blobs)
+        script = SETTLE if "fences" in changes.plan else COMMIT
+        return await self._store.run(script, changes.keys, changes.plan, changes.blobs)
 
     def _plan_records(self, changes: _Changes, records: Sequence[Record]) -> None:
         if not records:
