@@ -139,12 +139,13 @@ class RedisJournal(LocalJournal):
             self.features = self.features - {Feature.ATOMIC}
         self._connect_timeout_s = connect_timeout_s
         self._allow_volatile = allow_volatile
+        self._consumers: dict[tuple[str, str], Consumer] = {}
         keys = self._keys = Keys(mesh, cluster=cluster)
         store = self._store = Store(
             place,
             keys.probe(),
             self._woken,
-            self._bells.ring,
+            self._came_back,
             retry_s=retry_s,
             max_queued_bytes=max_queued_bytes,
             silent_s=silent_s,
@@ -153,7 +154,6 @@ class RedisJournal(LocalJournal):
         self._reader = Reader(store, keys, self._members)
         self._writer = Writer(store, keys, remembered_ids, self._spawn)
         self._views = Views(store, keys)
-        self._consumers: dict[tuple[str, str], Consumer] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- life ----------------------------------------------------------------------------------
@@ -294,6 +294,11 @@ class RedisJournal(LocalJournal):
             if consumer.group == group and consumer.topics:
                 return consumer.topics
         return None
+
+    def _came_back(self) -> None:
+        for consumer in self._consumers.values():
+            consumer.in_doubt = True
+        self._bells.ring()
 
     def _woken(self, channel: bytes) -> None:
         self._bells.ring({self._keys.topic_of(channel)})

@@ -112,6 +112,8 @@ class Consumer:
         self.topics: frozenset[str] = frozenset()
         #: It must look anew at what it owns before the next read.
         self.stale = True
+        #: Redis was away, and may have come back older.
+        self.in_doubt = False
         self.lanes: dict[tuple[str, int], Lane] = {}
         #: Another's by right: nothing more is read of them, and they go when they are empty.
         self.surplus: frozenset[int] = frozenset()

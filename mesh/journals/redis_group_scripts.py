@@ -137,6 +137,21 @@ return {call('SMEMBERS', KEYS[2]), owned}
 """,
 )
 
+#: Say how far each stream was handed out.
+HANDED = Script(
+    "handed",
+    EVEN_FULL
+    + HEAD
+    + """
+local found = {}
+for at, key in ipairs(KEYS) do
+  local handed = groups_of(key)
+  found[at] = handed and handed['last-delivered-id'] or '0-0'
+end
+return found
+""",
+)
+
 #: Take over streams: from now on others' steps are refused there. Tells what was handed out before.
 TAKE = Script(
     "take",
@@ -187,7 +202,6 @@ for at, key in ipairs(KEYS) do
     taken[at] = {
       0, last, read, pending,
       call('HKEYS', key .. ':done:' .. plan.group), healed,
-      map(call('XINFO', 'STREAM', key))['last-generated-id'],
     }
   end
 end

@@ -15,7 +15,16 @@ from mesh.errors import BrokerUnavailableError, ClosedError, ConfigurationError
 from mesh.journal import PARTITIONS
 from mesh.journals.redis_consumers import Lane, name_of
 from mesh.journals.redis_entries import START, spot_of
-from mesh.journals.redis_group_scripts import DECLARE, ENROLL, EVICT, JOIN, PEEK, RENEW, TAKE
+from mesh.journals.redis_group_scripts import (
+    DECLARE,
+    ENROLL,
+    EVICT,
+    HANDED,
+    JOIN,
+    PEEK,
+    RENEW,
+    TAKE,
+)
 from mesh.journals.redis_scripts import RELEASE
 from mesh.journals.redis_store import log
 
@@ -160,7 +169,7 @@ class Members:
                     place = by_key[key]
                     lane = _lane(place, key, places[place], facts)
                     me.lanes[place] = lane
-                    if facts[4] or spot_of(facts[5]) < me.reached.pop(place, START):
+                    if facts[4] or lane.spot < me.reached.pop(place, START):
                         healed.add(place[0])
         if healed:
             log.error(
@@ -176,6 +185,24 @@ class Members:
             for partition in range(PARTITIONS)
         }
         await self._store.hear(channels)
+
+    async def compare(self, me: Consumer) -> None:
+        """Let go of streams that know less than was handed out of them: Redis came back older."""
+        by_key = {lane.key: lane for lane in me.lanes.values()}
+        parts = self._keys.parts(by_key)
+        replies = await asyncio.gather(
+            *(self._store.run(HANDED, part, {"group": me.group}) for part in parts)
+        )
+        me.in_doubt = False
+        older = [
+            by_key[key]
+            for part, found in zip(parts, replies, strict=True)
+            for key, handed in zip(part, found, strict=True)
+            if spot_of(handed) < by_key[key].spot
+        ]
+        if older:
+            me.drop(older)
+            me.stale = True
 
     async def renew(self, me: Consumer) -> None:
         """Prolong a lease."""

@@ -41,6 +41,8 @@ class Reader:
     async def read(self, me: Consumer, limit: int) -> list[Delivery]:
         """Hand a consumer its next events, as far as it may hold more."""
         for _ in range(_MAX_TURNS):
+            if me.in_doubt:
+                await self._members.compare(me)
             if me.stale:
                 await self._members.join(me)
             if limit <= 0 or me.must_wait():

@@ -14,8 +14,8 @@ from mesh.errors import BrokerUnavailableError, ConfigurationError, TopicError
 from mesh.journal import Feature, Record, Step, partition_of
 from mesh.journals import local
 from mesh.journals.redis import RedisJournal
-from tests.plumbing.journals import KEYS, RedisFabric, drain, ids, numbered, records, settle
-from tests.plumbing.processes import eventually
+from tests.plumbing.journals import KEYS, RedisFabric, drain, ids, letter, numbered, records, settle
+from tests.plumbing.processes import ROOT, eventually
 from tests.plumbing.redis_server import RedisServer
 from tests.redis.tools import Proxy
 
@@ -247,6 +247,40 @@ async def test_no_message_shows_a_password() -> None:
         assert "hunter3" not in str(refused.value)
     finally:
         server.close()
+
+
+async def test_the_documented_rights_suffice() -> None:
+    name, on, password, *rights = _documented_rights()
+    assert (name, on, password) == ("legion", "on", ">...")
+    server = RedisServer(append_only=True).start()
+    try:
+        with redis.Redis.from_url(server.url) as root:
+            root.execute_command("ACL", "SETUSER", name, "on", ">secret", *rights)
+        options = {"url": server.url, "username": name, "password": "secret"}
+        async with RedisJournal(**options) as journal, RedisJournal(**options) as heir:  # type: ignore[arg-type]
+            await journal.declare("risk", ["order"])
+            await journal.append(numbered(20))
+            held = await journal.read("risk", "risk")
+            marked = Step(done=[(held[2], "x")], state={"a": b"1", "b": None})
+            assert await journal.commit("risk", "risk", [marked]) == []
+            await settle(journal, "risk", "risk", held[1:5])
+            await journal.release("risk", "risk", held[9:])
+            await journal.bury([letter("a"), letter("b")])
+            await journal.exhume(["a"])
+            await heir.free("risk", "risk")
+            await drain(heir, "risk", "heir")
+            await heir.renew("risk", "heir")
+            assert [each.id for each in await journal.dead()] == ["b"]
+            assert [view.pending for view in await journal.groups()] == [0]
+            assert await journal.trim(max_age_s=-1) + await journal.trim(max_bytes=0) == 20
+            assert await journal.load_state("risk") == {"a": b"1"}
+    finally:
+        server.close()
+
+
+def _documented_rights() -> list[str]:
+    documented = (ROOT / "docs" / "redis.md").read_text().partition("ACL user of the journal")[2]
+    return documented.partition("ACL SETUSER ")[2].partition("```")[0].split()
 
 
 async def test_a_key_of_another_kind_is_told_and_harms_no_retry(

@@ -147,6 +147,33 @@ async def test_what_was_destroyed_heals_and_is_told(
     assert ("DATA_LOSS_SUSPECTED" in caplog.text) is not lost_nothing
 
 
+async def test_a_server_that_came_back_older_is_noticed(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = "legion:{default:0}:durable:order"
+    async with RedisJournal(url=server.url) as journal:
+        await journal.declare("risk", ["order"])
+        await journal.append([Record("order", "a", b"{}", KEYS[0])])
+        await drain(journal, "risk", "risk")
+        with redis.Redis.from_url(server.url) as stranger:
+            older = stranger.dump(stream)
+            await journal.append([Record("order", "b", b"{}", KEYS[0])])
+            (lost,) = await journal.read("risk", "risk")
+            stranger.restore(stream, 0, older, replace=True)
+            stranger.client_kill_filter(_type="normal", skipme=True)
+        await journal.append([Record("order", "c", b"{}", KEYS[0])])
+        seen: list[str] = []
+
+        async def heard() -> bool:
+            seen.extend(ids(await drain(journal, "risk", "risk")))
+            return "c" in seen
+
+        await eventually(heard)
+
+    assert lost.id not in seen
+    assert "DATA_LOSS_SUSPECTED" in caplog.text
+
+
 async def test_a_full_server_is_backpressure_and_lets_itself_be_emptied(
     server: RedisServer,
 ) -> None:
