@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import subprocess
 import time
 from typing import TYPE_CHECKING, Any
@@ -27,28 +28,28 @@ _DURABLE = ["--appendonly", "yes", "--appendfsync", "everysec"]
 
 def end_to_end(count: int = 50_000) -> float:
     """Append batches of 100 in one journal, read 500 and settle them in another; events/s."""
-    with _server() as socket:
-        return asyncio.run(_end_to_end(socket, count))
+    with _server() as place:
+        return asyncio.run(_end_to_end(place, count))
 
 
 def peer_end_to_end(count: int = 50_000) -> float:
     """XADD 100 a pipeline on one connection, XREADGROUP 500 and XACK on another; events/s."""
-    with _server() as socket:
-        return asyncio.run(_peer_end_to_end(socket, count))
+    with _server() as place:
+        return asyncio.run(_peer_end_to_end(place, count))
 
 
 def first_touch(backlog: int) -> float:
     """Open a journal with so many un-acked events, read 256, settle 100, append 100; ms."""
-    with _server() as socket:
-        asyncio.run(_fill(socket, backlog))
-        times = [asyncio.run(_touch(socket, turn)) for turn in range(9)]
+    with _server() as place:
+        asyncio.run(_fill(place, backlog))
+        times = [asyncio.run(_touch(place, turn)) for turn in range(9)]
         return sorted(times)[len(times) // 2]
 
 
-async def _end_to_end(socket: Path, count: int) -> float:
+async def _end_to_end(place: Path, count: int) -> float:
     async with (
-        RedisJournal(unix_socket_path=socket) as out,
-        RedisJournal(unix_socket_path=socket) as into,
+        RedisJournal(unix_socket_path=place) as out,
+        RedisJournal(unix_socket_path=place) as into,
     ):
         await into.declare("bench", ["bench"])
         start = time.perf_counter()
@@ -66,8 +67,8 @@ async def _settle_all(journal: RedisJournal, count: int) -> None:
         count -= len(batch)
 
 
-async def _peer_end_to_end(socket: Path, count: int) -> float:
-    url = f"unix://{socket}"
+async def _peer_end_to_end(place: Path, count: int) -> float:
+    url = f"unix://{place}"
     async with Redis.from_url(url) as out, Redis.from_url(url) as into:
         await into.xgroup_create("bench", "bench", "$", mkstream=True)
         start = time.perf_counter()
@@ -91,9 +92,9 @@ async def _peer_settle_all(client: Redis, count: int) -> None:
             count -= len(entries)
 
 
-async def _touch(socket: Path, turn: int) -> float:
+async def _touch(place: Path, turn: int) -> float:
     start = time.perf_counter()
-    async with RedisJournal(unix_socket_path=socket) as journal:
+    async with RedisJournal(unix_socket_path=place) as journal:
         batch = await journal.read("bench", "bench")
         assert len(batch) == 256
         await journal.commit("bench", "bench", [Step(acks=[each]) for each in batch[:_BATCH]])
@@ -102,8 +103,8 @@ async def _touch(socket: Path, turn: int) -> float:
         return (time.perf_counter() - start) * 1000
 
 
-async def _fill(socket: Path, count: int) -> None:
-    async with RedisJournal(unix_socket_path=socket) as journal:
+async def _fill(place: Path, count: int) -> None:
+    async with RedisJournal(unix_socket_path=place) as journal:
         await journal.declare("bench", ["bench"])
         for first in range(0, count, 1000):
             await journal.append(_records(first, min(1000, count - first)))
@@ -121,6 +122,14 @@ def _server() -> Iterator[Path]:
         private_directory() as directory,
         program(*serve_command(directory), *_DURABLE, stdout=subprocess.DEVNULL),
     ):
-        while not socket_of(directory).exists():
+        while not _answers(socket_of(directory)):
             time.sleep(0.005)
         yield socket_of(directory)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(OSError):
+        connection.connect(str(path))
+        connection.sendall(b"PING\r\n")
+        return connection.recv(64).startswith(b"+PONG")
+    return False
