@@ -14,7 +14,16 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import cross, durable, inside, journal, over_redis, peers, startup
+from benchmarks import (
+    cross,
+    durable,
+    inside,
+    journal,
+    journal_redis,
+    over_redis,
+    peers,
+    startup,
+)
 
 Measure = Callable[[], float]
 
@@ -190,6 +199,20 @@ COMPARISONS = [
         "SQLite backlog 1,000,000 / 1,000: start to append",
         lambda: journal.first_touch(1_000_000),
         lambda: journal.first_touch(1_000),
+        "ms",
+        "<= 1.5",
+    ),
+    Comparison(
+        "Redis append, read, settle / redis-py streams",
+        journal_redis.end_to_end,
+        journal_redis.peer_end_to_end,
+        "events/s",
+        ">= 2",
+    ),
+    Comparison(
+        "Redis backlog 1,000,000 / 1,000: start to append",
+        lambda: journal_redis.first_touch(1_000_000),
+        lambda: journal_redis.first_touch(1_000),
         "ms",
         "<= 1.5",
     ),

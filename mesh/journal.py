@@ -77,7 +77,7 @@ class Record(Value, frozen=True):
         return partition_of(self.id if self.key is None else self.key)
 
 
-class Delivery(Value, frozen=True, eq=False):
+class Delivery(Value, frozen=True, eq=False, gc=False):
     """An event handed to a consumer, which owes the journal a step for it."""
 
     #: The engine's own name of the place; grows within a partition and topic.

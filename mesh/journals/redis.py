@@ -2,10 +2,10 @@
 Durable delivery over Redis Streams, for meshes on more than one machine.
 
 Each partition of each topic is a stream, each group a consumer group of it. The parts:
-`redis_reader` (who owns streams, what is handed out), `redis_consumers` (what a consumer holds),
-`redis_writer` (events and steps), `redis_scripts` (what happens inside Redis, in one transaction),
-`redis_views` (groups, history, dead letters), `redis_store` (calls that are tried again),
-`redis_keys` and `redis_entries` (names and contents).
+`redis_members` (who owns streams), `redis_reader` (what is handed out), `redis_consumers` (what a
+consumer holds), `redis_writer` and `redis_steps` (events and steps), `redis_scripts` (what happens
+inside Redis, in one transaction), `redis_views` (groups, history, dead letters), `redis_store`
+(calls that are tried again), `redis_keys`, `redis_entries`, `redis_clock` (names, contents, order).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mesh.journals.local import LocalJournal
 from mesh.journals.redis_consumers import Consumer
 from mesh.journals.redis_entries import spot_of
 from mesh.journals.redis_keys import Keys
+from mesh.journals.redis_members import Members
 from mesh.journals.redis_reader import Reader
 from mesh.journals.redis_store import Store
 from mesh.journals.redis_views import Views
@@ -138,20 +139,21 @@ class RedisJournal(LocalJournal):
             self.features = self.features - {Feature.ATOMIC}
         self._connect_timeout_s = connect_timeout_s
         self._allow_volatile = allow_volatile
+        self._consumers: dict[tuple[str, str], Consumer] = {}
         keys = self._keys = Keys(mesh, cluster=cluster)
         store = self._store = Store(
             place,
             keys.probe(),
             self._woken,
-            self._bells.ring,
+            self._came_back,
             retry_s=retry_s,
             max_queued_bytes=max_queued_bytes,
             silent_s=silent_s,
         )
-        self._reader = Reader(store, keys, int(lease_s * 1000))
+        self._members = Members(store, keys, int(lease_s * 1000))
+        self._reader = Reader(store, keys, self._members)
         self._writer = Writer(store, keys, remembered_ids, self._spawn)
         self._views = Views(store, keys)
-        self._consumers: dict[tuple[str, str], Consumer] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- life ----------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ class RedisJournal(LocalJournal):
             async with asyncio.timeout(_LEAVE_S):
                 await asyncio.gather(*self._tasks, return_exceptions=True)
                 await asyncio.gather(
-                    *map(self._reader.leave, self._consumers.values()), return_exceptions=True
+                    *map(self._members.leave, self._consumers.values()), return_exceptions=True
                 )
         for task in self._tasks:
             task.cancel()
@@ -199,7 +201,7 @@ class RedisJournal(LocalJournal):
         if start not in {"now", "earliest"}:
             raise ConfigurationError(f"start={start!r} of group {group!r}: use 'now' or 'earliest'")
         self._require_open()
-        await self._reader.declare(group, topics, start)
+        await self._members.declare(group, topics, start)
         self._bells.ring()
 
     async def append(self, records: Sequence[Record]) -> int:
@@ -237,26 +239,26 @@ class RedisJournal(LocalJournal):
         """Give unhandled events back."""
         self._require_open()
         if me := self._consumers.get((group, consumer)):
-            await self._reader.release(me, deliveries)
+            await self._members.release(me, deliveries)
             self._bells.ring(me.topics)
 
     async def renew(self, group: str, consumer: str) -> None:
         """Prolong the lease of a consumer of this journal."""
         self._require_open()
         if me := self._consumers.get((group, consumer)):
-            await self._reader.renew(me)
+            await self._members.renew(me)
 
     async def leave(self, group: str, consumer: str) -> None:
         """End a consumer of this journal in good order."""
         self._require_open()
         if me := self._consumers.pop((group, consumer), None):
             async with me.reading:
-                await self._reader.leave(me)
+                await self._members.leave(me)
 
     async def free(self, group: str, consumer: str) -> None:
         """Take everything from a dead consumer, of whichever process."""
         self._require_open()
-        await self._reader.free(group, consumer)
+        await self._members.free(group, consumer)
 
     async def _look(self, group: str, consumer: str, limit: int) -> list[Delivery]:
         me = self._consumers.get((group, consumer))
@@ -279,7 +281,7 @@ class RedisJournal(LocalJournal):
 
     async def _take_back(self, me: Consumer, looking: asyncio.Task[list[Delivery]]) -> None:
         handed = await looking
-        await self._reader.release(me, handed)
+        await self._members.release(me, handed)
         self._bells.ring(me.topics)
 
     def _spawn(self, work: Coroutine[Any, Any, Value]) -> asyncio.Task[Value]:
@@ -298,6 +300,11 @@ class RedisJournal(LocalJournal):
             if consumer.group == group and consumer.topics:
                 return consumer.topics
         return None
+
+    def _came_back(self) -> None:
+        for consumer in self._consumers.values():
+            consumer.in_doubt = True
+        self._bells.ring()
 
     def _woken(self, channel: bytes) -> None:
         self._bells.ring({self._keys.topic_of(channel)})

@@ -11,7 +11,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from mesh.journal import MAX_UNSETTLED, Delivery
-from mesh.journals.redis_entries import START, Entry, Spot
+from mesh.journals.redis_entries import START, Spot
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -26,6 +26,8 @@ _MIN_PAGE, _MAX_PAGE = 8, _AHEAD_EVENTS
 
 _by_spot = itemgetter(0)
 
+#: An event that nobody was handed yet.
+Fetched = tuple[Spot, "Lane", Delivery]
 #: Topic, partition, position.
 Name = tuple[str, int, str]
 
@@ -56,8 +58,10 @@ class Lane:
     plain: dict[str, tuple[Spot, int]] = field(default_factory=dict)
     #: The same for those that were given back, and are on the pending list since.
     returned: dict[str, tuple[Spot, int]] = field(default_factory=dict)
+    #: All up to here is settled, but for what is on the pending list.
+    settled_to: Spot = START
     #: Fetched, but other streams may have something older.
-    fetched: list[tuple[Spot, Lane, Entry]] = field(default_factory=list)
+    fetched: list[Fetched] = field(default_factory=list)
     fetched_to: Spot = START
     #: There may be more in Redis.
     more: bool = True
@@ -75,7 +79,7 @@ class Lane:
 class Picks:
     """What is about to be handed out."""
 
-    fresh: list[tuple[Spot, Lane, Entry]] = field(default_factory=list)
+    fresh: list[Fetched] = field(default_factory=list)
     again: list[tuple[Spot, Lane, int]] = field(default_factory=list)
     #: It is a suspect, or older than one of its partition.
     alone: bool = False
@@ -108,6 +112,8 @@ class Consumer:
         self.topics: frozenset[str] = frozenset()
         #: It must look anew at what it owns before the next read.
         self.stale = True
+        #: Redis was away, and may have come back older.
+        self.in_doubt = False
         self.lanes: dict[tuple[str, int], Lane] = {}
         #: Another's by right: nothing more is read of them, and they go when they are empty.
         self.surplus: frozenset[int] = frozenset()
@@ -117,7 +123,7 @@ class Consumer:
         self.settling: dict[Name, int] = {}
         self.alone: Name | None = None
         #: In the order of all streams, as far as it is known.
-        self.ready: deque[tuple[Spot, Lane, Entry]] = deque()
+        self.ready: deque[Fetched] = deque()
         #: A read waits for something to be settled.
         self.blocked = False
         #: How far each stream had been, to notice that Redis has forgotten something.
@@ -210,13 +216,6 @@ class Consumer:
                 break
         return picks
 
-    def hand_out(self, lane: Lane, entry: Entry, count: int) -> Delivery:
-        """Give an event to its handler; Redis has counted it already."""
-        position = entry.position
-        self.held[lane.topic, lane.partition, position] = count
-        done = frozenset(lane.done[position]) if position in lane.done else frozenset()
-        return Delivery(position, lane.topic, lane.partition, entry.id, entry.frame, count, done)
-
     def give_back(self, names: Iterable[Name]) -> list[tuple[Lane, str, int]]:
         """Take events back; gives what is to be written: stream, position, count."""
         back = []
@@ -242,7 +241,7 @@ class Consumer:
         """Give the streams of which too little lies here."""
         return [lane for lane in self.open_lanes() if len(lane.fetched) < self.page]
 
-    def take_in(self, fetched: Collection[tuple[Lane, list[Entry]]], page: int) -> None:
+    def take_in(self, fetched: Collection[tuple[Lane, list[Fetched]]], page: int) -> None:
         """Keep what was fetched of each stream, asked for a page of each, and put it in order."""
         count = size = 0
         for lane in self.lanes.values():
@@ -250,17 +249,17 @@ class Consumer:
         for lane, entries in fetched:
             lane.more = len(entries) >= page
             if entries:
-                lane.fetched += [(entry.spot, lane, entry) for entry in entries]
-                lane.fetched_to = entries[-1].spot
+                lane.fetched += entries
+                lane.fetched_to = entries[-1][0]
                 count += len(entries)
-                size += sum(len(entry.frame) for entry in entries)
+                size += sum([len(delivery.frame) for _, _, delivery in entries])
         full = [lane.fetched_to for lane in self.open_lanes() if lane.more]
         # Of a stream that was not emptied nothing is known beyond its last
         self._merge(min(full) if full else None)
         self._choose_page(len(full), count, size)
 
     def _merge(self, horizon: Spot | None) -> None:
-        merged: list[tuple[Spot, Lane, Entry]] = []
+        merged: list[Fetched] = []
         for lane in self.open_lanes():
             if not lane.fetched:
                 continue

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+
+from mesh.journal import Delivery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -12,17 +14,9 @@ if TYPE_CHECKING:
 #: A place in a stream: milliseconds, and a number within them.
 Spot = tuple[int, int]
 
+Owner = TypeVar("Owner")
+
 START: Spot = (0, 0)
-
-
-class Entry(NamedTuple):
-    """An event as it lies in a stream."""
-
-    spot: Spot
-    #: The spot in Redis's own words.
-    position: str
-    id: str
-    frame: bytes
 
 
 class _Named(msgspec.Struct):
@@ -47,27 +41,47 @@ def position_of(spot: Spot) -> str:
     return f"{spot[0]}-{spot[1]}"
 
 
-def read_entries(replied: Sequence[Sequence[Any]]) -> list[Entry]:
-    """Read what XRANGE, XREAD and XCLAIM give of one stream."""
+def read_entries(
+    replied: Sequence[Any],
+    owner: Owner,
+    topic: str,
+    partition: int,
+    count: int = 1,
+    done: frozenset[str] = frozenset(),
+) -> list[tuple[Spot, Owner, Delivery]]:
+    """
+    Read what XRANGE, XREAD and XCLAIM give of one stream.
+
+    Args:
+        replied: Positions and fields.
+        owner: Whose entries they are; comes back beside each.
+        topic: The stream's topic.
+        partition: Its partition.
+        count: How often they were handed out, this time included.
+        done: Handlers that have settled them.
+    """
     entries = []
     for position, fields in replied:
         text = position.decode()
         ms, _, seq = text.partition("-")
         if len(fields) == 4 and fields[0] == b"id" and fields[2] == b"event":
-            entries.append(Entry((int(ms), int(seq)), text, fields[1].decode(), fields[3]))
-        elif fields is not None:
-            entries.append(_stranger(text, dict(zip(fields[::2], fields[1::2], strict=False))))
+            name, frame = fields[1].decode(), fields[3]
+        else:
+            name, frame = _stranger(text, fields)
+        delivery = Delivery(text, topic, partition, name, frame, count, done)
+        entries.append(((int(ms), int(seq)), owner, delivery))
     return entries
 
 
-def _stranger(position: str, fields: dict[bytes, bytes]) -> Entry:
-    """Read an entry that a plain client has added; what is no event goes to its handler's agent."""
+def _stranger(position: str, flat: Sequence[bytes]) -> tuple[str, bytes]:
+    """Read an entry that a plain client has added; it may hold no event at all."""
+    fields = dict(zip(flat[::2], flat[1::2], strict=False))
     frame = fields.get(b"event", b"")
     try:
         name = fields[b"id"].decode() if b"id" in fields else _id_of(frame)
     except UnicodeDecodeError:
         name = ""
-    return Entry(spot_of(position), position, name or position, frame)
+    return name or position, frame
 
 
 def _id_of(frame: bytes) -> str:

@@ -103,9 +103,11 @@ class Settlement:
         """Let go of all of it, because Redis has."""
         if self._me is None:
             return
-        for lane in self.lanes:
+        for lane, steps in self.lanes.items():
             for position in self.pins(lane):
                 del lane.plain[position]
+            if steps.reached is not None:
+                lane.settled_to = steps.reached[0]
         self._me.settled(name for name, _ in self._settled)
 
     def _ack(self, me: Consumer, name: Name) -> None:
@@ -123,7 +125,7 @@ class Settlement:
             place = places.pop(position, None)
         if place is not None:
             self._known.append((places, position, place))
-            if steps.reached is None or place[0] > steps.reached[0]:
+            if place[0] > (lane.settled_to if steps.reached is None else steps.reached[0]):
                 steps.reached = (*place, position)
         if lane.done and position in lane.done:
             steps.unmarks += [f"{position} {each}" for each in lane.done.pop(position)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mesh.errors import BackpressureError, BrokerUnavailableError, ConfigurationError
+from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError, ConfigurationError
 from mesh.redis_link.access import unavailable
 from mesh.redis_link.kept import Sparing
 from mesh.redis_link.node import Terms
@@ -20,7 +20,7 @@ from mesh.retry import RetryPolicy
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
-    from mesh.journals.redis_scripts import Script
+    from mesh.journals.redis_lua import Script
     from mesh.redis_link.node import Node
     from mesh.redis_link.nodes import Nodes
     from mesh.redis_link.place import Place
@@ -117,8 +117,9 @@ class Store:
     async def close(self) -> None:
         """End all connections; what was sent still leaves."""
         if self._nodes is not None:
-            await self._nodes.close()
-            self._nodes = None
+            nodes, self._nodes = self._nodes, None
+            self._owners.clear()
+            await nodes.close()
 
     async def hear(self, channels: Collection[bytes]) -> None:
         """Subscribe to wake-ups; whoever cannot in time looks once a second all the same."""
@@ -169,7 +170,8 @@ class Store:
         Raises:
             BackpressureError: Redis took nothing for `retry_s`.
         """
-        if self._queue_for_room or not self._has_room(weight_bytes):
+        # What only settles waits behind nobody: it is what makes room
+        if weight_bytes and (self._queue_for_room or not self._has_room(weight_bytes)):
             await self._wait_for_room(weight_bytes)
         self._queued_bytes += weight_bytes
         try:
@@ -220,7 +222,8 @@ class Store:
     def _owner(self, key: bytes) -> Node:
         node = self._owners.get(key)
         if node is None:
-            assert self._nodes is not None
+            if self._nodes is None:
+                raise ClosedError("this RedisJournal is closed; make a new one")
             node = self._nodes.owner(key)
             if node is None:
                 raise LostError("nobody in the cluster serves this slot")

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.deadletters import decode_letter
 from mesh.journal import PARTITIONS, GroupView, Stored
-from mesh.journals.redis_entries import Entry, position_of, read_entries, spot_of
+from mesh.journals.redis_entries import position_of, read_entries, spot_of
 from mesh.journals.redis_scripts import COUNT, EXHUME, TRIM
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Collection
 
     from mesh.deadletters import DeadLetter
-    from mesh.journal import DeadQuery
+    from mesh.journal import DeadQuery, Delivery
+    from mesh.journals.redis_entries import Spot
     from mesh.journals.redis_keys import Keys
     from mesh.journals.redis_store import Store
 
@@ -86,41 +87,37 @@ class Views:
             mark = "(" if not stream or place <= of else ""
             starts[place] = mark + position_of(spot)
         page = max(_MIN_PAGE, min(limit, 1000) // max(1, len(places)))
-        heap: list[tuple[Any, Place, Entry, AsyncGenerator[Entry, None]]] = []
         walks = [self._walk(place, starts[place], page) for place in places]
         firsts = await asyncio.gather(*(anext(walk, None) for walk in walks))
-        for place, walk, first in zip(places, walks, firsts, strict=True):
-            if first is not None:
-                heap.append((first.spot, place, first, walk))
-        heapq.heapify(heap)
+        heads = [
+            (first[:2], first[2], walk)
+            for walk, first in zip(walks, firsts, strict=True)
+            if first is not None
+        ]
+        heapq.heapify(heads)
         found: list[Stored] = []
-        while heap and len(found) < limit:
-            at, place, entry, walk = heap[0]
-            found.append(
-                Stored(
-                    f"{entry.position}/{place[0]}:{place[1]}",
-                    place[0],
-                    entry.id,
-                    entry.frame,
-                    at[0] / 1000,
-                )
-            )
+        while heads and len(found) < limit:
+            (at, place), entry, walk = heads[0]
+            where = f"{entry.position}/{place[0]}:{place[1]}"
+            found.append(Stored(where, entry.topic, entry.id, entry.frame, at[0] / 1000))
             following = await anext(walk, None)
             if following is None:
-                heapq.heappop(heap)
+                heapq.heappop(heads)
             else:
-                heapq.heapreplace(heap, (following.spot, place, following, walk))
+                heapq.heapreplace(heads, (following[:2], following[2], walk))
         for walk in walks:
             await walk.aclose()
         return found
 
-    async def _walk(self, place: Place, start: str, page: int) -> AsyncGenerator[Entry, None]:
+    async def _walk(
+        self, place: Place, start: str, page: int
+    ) -> AsyncGenerator[tuple[Spot, Place, Delivery], None]:
         key = self._keys.stream(*place)
         while True:
             replied = await self._store.call(key, "XRANGE", key, start, "+", "COUNT", page)
-            for entry in read_entries(replied):
+            for entry in read_entries(replied, place, *place):
                 yield entry
-                start = f"({entry.position}"
+                start = f"({entry[2].position}"
             if len(replied) < page:
                 return
 

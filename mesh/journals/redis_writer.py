@@ -10,7 +10,7 @@ from mesh.errors import BrokerUnavailableError
 from mesh.journal import PARTITIONS
 from mesh.journals.redis_clock import ClusterClock
 from mesh.journals.redis_entries import spot_of
-from mesh.journals.redis_scripts import COMMIT
+from mesh.journals.redis_scripts import COMMIT, SETTLE
 from mesh.journals.redis_steps import Settlement
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Writer:
 
     async def commit(self, group: str, me: Consumer | None, steps: Sequence[Step]) -> list[Step]:
         """Apply steps; gives the refused. What comes while a commit is on its way goes together."""
-        async with self._store.room(sum(_weight(step.records) for step in steps)):
+        async with self._store.room(sum([_weight(step.records) for step in steps if step.records])):
             if me is None:
                 refused = await self._apply(group, None, steps)
             else:
@@ -230,7 +230,8 @@ class Writer:
     async def _run(self, changes: _Changes) -> Any:
         if not changes.keys:
             return [0, []]
-        return await self._store.run(COMMIT, changes.keys, changes.plan, changes.blobs)
+        script = SETTLE if "fences" in changes.plan else COMMIT
+        return await self._store.run(script, changes.keys, changes.plan, changes.blobs)
 
     def _plan_records(self, changes: _Changes, records: Sequence[Record]) -> None:
         if not records:
@@ -321,4 +322,4 @@ def _lost(changes: _Changes, reply: Any, lanes: Iterable[Lane]) -> list[Lane]:
 
 
 def _weight(records: Sequence[Record]) -> int:
-    return sum(len(record.frame) for record in records) + _RECORD_BYTES * len(records)
+    return sum([len(record.frame) for record in records]) + _RECORD_BYTES * len(records)

@@ -23,7 +23,7 @@ _DENIED = {
     "WRONGPASS": "wrong user or password; check REDIS_USERNAME and REDIS_PASSWORD",
     "NOPERM": "the user lacks a right; it needs"
     " `+publish +subscribe +unsubscribe +spublish +ssubscribe +sunsubscribe +ping +cluster|slots"
-    " &legion:*`",
+    " &legion:*`, for a journal also what docs/redis.md lists",
     "ERR AUTH": "a password is given, but the server has none; unset REDIS_PASSWORD",
     "ERR invalid password": "wrong password; check REDIS_PASSWORD",
     "ERR DB index": "there is no such database; check the number",

@@ -1,5 +1,5 @@
 """
-A process on a SQLite journal, made to be killed: ``python -m tests.plumbing.journal_worker ROLE``.
+A process on a journal, made to be killed: ``python -m tests.plumbing.journal_worker ROLE``.
 
 What it was promised it writes into a file of its own with O_APPEND, one line a fact, so that a test
 can hold the journal to it after any death.
@@ -12,10 +12,18 @@ import os
 import sys
 from pathlib import Path
 
-from mesh.journal import Record, Step
+from mesh.journal import Journal, Record, Step
+from mesh.journals.redis import RedisJournal
 from mesh.journals.sqlite import SQLiteJournal
 
 _KEYS = 7
+
+
+def open_journal(where: str) -> Journal:
+    """Give a journal in a file, or where a URL of Redis says; not connected."""
+    if "://" in where:
+        return RedisJournal(url=where, allow_volatile="LEGION_TEST_REDIS_URL" in os.environ)
+    return SQLiteJournal(Path(where))
 
 
 class Account:
@@ -31,7 +39,7 @@ class Account:
 async def append(path: str, account: str, name: str, count: int) -> None:
     """Append `count` events in batches of several sizes; note what was accepted."""
     notes = Account(account)
-    async with SQLiteJournal(Path(path)) as journal:
+    async with open_journal(path) as journal:
         number = 0
         while number < count:
             batch = [
@@ -46,7 +54,7 @@ async def append(path: str, account: str, name: str, count: int) -> None:
 async def handle(path: str, account: str, consumer: str) -> None:
     """Turn each order into a fill, with a sum in the state, until killed."""
     notes = Account(account)
-    async with SQLiteJournal(Path(path)) as journal:
+    async with open_journal(path) as journal:
         state = await journal.load_state("risk")
         count = int(state.get(f"count-{consumer}", b"0"))
         while True:
@@ -66,7 +74,7 @@ async def handle(path: str, account: str, consumer: str) -> None:
 async def die_of(path: str, account: str, consumer: str, poison: str) -> None:
     """Handle orders; die in the handler of one of them."""
     notes = Account(account)
-    async with SQLiteJournal(Path(path)) as journal:
+    async with open_journal(path) as journal:
         while batch := await journal.read("risk", consumer):
             for delivery in batch:
                 notes.note("handled", delivery.id, delivery.deliveries)

@@ -34,9 +34,13 @@ class JournalFabric(ABC):
 
     async def open(self) -> Journal:
         journal = self.make()
+        await self.take(journal)
+        return journal
+
+    async def take(self, journal: Journal) -> None:
+        """Connect a journal, and close it with the others."""
         self._opened.append(journal)
         await journal.connect()
-        return journal
 
     async def close(self) -> None:
         for journal in self._opened:
@@ -61,10 +65,10 @@ class RedisFabric(JournalFabric):
         super().__init__()
         # A server that a developer names may forget what it likes
         volatile = "LEGION_TEST_REDIS_URL" in os.environ
-        self._options = {"allow_volatile": volatile, **options}
+        self.options: dict[str, Any] = {"allow_volatile": volatile, **options}
 
     def make(self) -> RedisJournal:
-        return RedisJournal(**self._options)
+        return RedisJournal(**self.options)
 
     async def let_leases_end(self) -> None:
         """Put their ends into the past: Redis's clock belongs to nobody."""

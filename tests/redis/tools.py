@@ -62,6 +62,7 @@ class Proxy:
         self._target = target
         self._passing = asyncio.Event()
         self._passing.set()
+        self._deaf = False
         self._lines: set[asyncio.Task[None]] = set()
         self.port = 0
 
@@ -81,6 +82,10 @@ class Proxy:
         """Keep all connections and pass nothing on, as a cable that was pulled."""
         self._passing.clear()
 
+    def lose_answers(self) -> None:
+        """Swallow what the server says next, and hang up: the client cannot know what it did."""
+        self._deaf = True
+
     def thaw(self) -> None:
         """Pass bytes on again."""
         self._passing.set()
@@ -91,7 +96,7 @@ class Proxy:
         self._lines.add(task)
         reader, writer = await asyncio.open_unix_connection(str(self._target))
         try:
-            await asyncio.gather(self._pass(source, writer), self._pass(reader, back))
+            await asyncio.gather(self._pass(source, writer), self._pass(reader, back, answers=True))
         except (OSError, asyncio.CancelledError):
             pass
         finally:
@@ -101,9 +106,14 @@ class Proxy:
                     await each.wait_closed()
             self._lines.discard(task)
 
-    async def _pass(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    async def _pass(
+        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, answers: bool = False
+    ) -> None:
         while data := await source.read(65536):
             await self._passing.wait()
+            if answers and self._deaf:
+                self._deaf = False
+                break
             target.write(data)
             await target.drain()
         raise ConnectionResetError("one side has closed")
