@@ -138,6 +138,21 @@ class MessageBroker(ABC):
             await self._journal.close()
         await self._close()
 
+    @property
+    def is_connected(self) -> bool:
+        """Say whether `connect` was called; where there is nothing to connect to, always."""
+        return True
+
+    def require_connected(self) -> None:
+        """
+        Let nobody begin who could not go on.
+
+        Raises:
+            NotConnectedError: `connect()` was not called; says so.
+            ClosedError: The broker is closed.
+        """
+        self._require_open(connected=self.is_connected)
+
     async def open_journal(self) -> Journal:
         """
         Give the fabric's journal, which keeps durable events; opened when first asked for.
@@ -234,11 +249,18 @@ class MessageBroker(ABC):
 
         Raises:
             NotConnectedError: `connect()` was not called.
+            ClosedError: The broker is closed.
         """
         topic = check_topic(channel)
+        self.require_connected()
         bound = _Channel(self, handler)
+        try:
+            await self.attach([topic], bound)
+        except BaseException:
+            await self.detach(bound)
+            await bound.stop()
+            raise
         self._channels.setdefault(topic, []).append(bound)
-        await self.attach([topic], bound)
 
     async def _close_channels(self) -> None:
         for bound in [bound for group in self._channels.values() for bound in group]:

@@ -172,6 +172,11 @@ class RedisMessageBroker(MessageBroker):
             return ClusterNodes([self._address], terms, self._resend, self._routes.clear)
         return OneServer(self._find, terms)
 
+    @property
+    def is_connected(self) -> bool:
+        """Say whether `connect` was called; whether Redis answers just now is another question."""
+        return self._nodes is not None
+
     def _joined(self) -> Nodes:
         self._require_open(connected=self._nodes is not None)
         assert self._nodes is not None
