@@ -138,21 +138,6 @@ class MessageBroker(ABC):
             await self._journal.close()
         await self._close()
 
-    @property
-    def is_connected(self) -> bool:
-        """Say whether `connect` was called; where there is nothing to connect to, always."""
-        return True
-
-    def require_connected(self) -> None:
-        """
-        Let nobody begin who could not go on.
-
-        Raises:
-            NotConnectedError: `connect()` was not called; says so.
-            ClosedError: The broker is closed.
-        """
-        self._require_open(connected=self.is_connected)
-
     async def open_journal(self) -> Journal:
         """
         Give the fabric's journal, which keeps durable events; opened when first asked for.
@@ -218,6 +203,40 @@ class MessageBroker(ABC):
     def trouble(self) -> str:
         """Say why nothing can be sent, where the member knows; else empty."""
         return ""
+
+    @property
+    def is_connected(self) -> bool:
+        """Say whether `connect` was called; where there is nothing to connect to, always."""
+        return True
+
+    @property
+    def is_away(self) -> bool:
+        """Say whether the fabric is known to be gone, though the member still takes frames."""
+        return False
+
+    async def reach(self, timeout_s: float) -> None:
+        """
+        Return when the fabric is not away: what is sent then does not only wait in a queue.
+
+        Raises:
+            BackpressureError: It stayed away for `timeout_s` seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.is_away:
+                    await self.wait_sendable()
+        except TimeoutError:
+            raise BackpressureError(f"{self.trouble()} (waited {timeout_s:g} s)") from None
+
+    def require_connected(self) -> None:
+        """
+        Let nobody begin who could not go on.
+
+        Raises:
+            NotConnectedError: `connect()` was not called; says so.
+            ClosedError: The broker is closed.
+        """
+        self._require_open(connected=self.is_connected)
 
     async def publish(self, channel: str, message: Mapping[str, Any]) -> None:
         """

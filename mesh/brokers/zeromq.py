@@ -54,8 +54,8 @@ class ZeroMQMessageBroker(MessageBroker):
     """
     A fabric of ZeroMQ sockets in a run directory.
 
-    While the forwarder is away or silent nothing is accepted (`try_send` gives False): nobody knows
-    who would hear it. Connections come back by themselves, with all subscriptions.
+    While the forwarder is away, frames wait in the socket as far as its high-water mark; who must
+    know asks `is_away`. Connections come back by themselves, with all subscriptions.
 
     Args:
         directory: The mesh's run directory; default MESH_DIR.
@@ -86,8 +86,7 @@ class ZeroMQMessageBroker(MessageBroker):
         self._probes: dict[bytes, _Probe] = {}
         self._paused = False
         self._drain_soon = False
-        #: Whether the publisher's connection stands: what is sent without one waits for nobody
-        #: knows whom.
+        #: Whether the publisher's connection stands.
         self._is_up = False
 
     # -- life ----------------------------------------------------------------------------------
@@ -332,10 +331,9 @@ class ZeroMQMessageBroker(MessageBroker):
     # -- sending -------------------------------------------------------------------------------
 
     def try_send(self, topic: str, frame: bytes) -> bool:
-        """Queue a frame for the forwarder, unless it is away or the high-water mark is reached."""
-        if not self._is_up:
-            self.require_connected()
-            return False
+        """Queue a frame for the forwarder, unless the high-water mark is reached."""
+        if self._context is None:
+            self._require_open(connected=False)
         if topic.startswith(PRIVATE_PREFIX):
             # The asker's subscription may have come in this very moment; a plain send looks for
             # news only now and then
@@ -350,9 +348,14 @@ class ZeroMQMessageBroker(MessageBroker):
         """Wait a moment: XPUB always claims to be writable, so nothing could wake us."""
         await asyncio.sleep(0.002)
 
+    @property
+    def is_away(self) -> bool:
+        """Say whether the forwarder is gone, or was silent for HEARTBEAT_TIMEOUT."""
+        return self._context is not None and not self._is_up
+
     def trouble(self) -> str:
         """Say that the forwarder is away, when it is."""
-        return "" if self._is_up else f"the forwarder in {self._rundir.path} is away"
+        return "" if not self.is_away else f"the forwarder in {self._rundir.path} is away"
 
 
 class _Probe:
