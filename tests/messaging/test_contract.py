@@ -1,4 +1,4 @@
-"""What users are promised of events, registry, consumer and publisher, on every fabric."""
+"""What is promised of events, registry, consumer, publisher: on each fabric, live and durable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import mesh
 from mesh import ClosedError, PayloadError, event_type
 from mesh.broker import InMemoryMessageBroker, MessageBroker
 from mesh.consumer import ConsumerConfig, EventConsumer
-from mesh.events import Event, EventType
+from mesh.events import Event, EventType, is_durable
 from mesh.factory import MessageBusFactory
 from mesh.handlers import EventHandlerRegistry, HandlerPriority
 from mesh.publisher import EventPublisher, PublisherConfig
@@ -40,6 +40,20 @@ NAMES = {
     "mesh.factory": ("MessageBusFactory",),
     "mesh.config": ("MessageBusConfig",),
 }
+
+
+@pytest.fixture(params=["live", "durable"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Deliver all types live, or all types durably: a promise holds either way."""
+    if request.param == "durable":
+        monkeypatch.setenv("LEGION_DURABLE_EVENTS", "*")
+    return str(request.param)
+
+
+@pytest.fixture
+def bus(either_way: str, bus: Bus) -> Bus:
+    assert is_durable(EventType.SIGNAL_GENERATED) == (either_way == "durable")
+    return bus
 
 
 @pytest.mark.parametrize("module", NAMES)
@@ -101,10 +115,6 @@ async def test_a_user_brings_types_of_their_own(bus: Bus) -> None:
 
 
 # -- EventHandlerRegistry -------------------------------------------------------------------------
-
-
-async def ignore(event: Event) -> None:
-    """Take an event for nothing."""
 
 
 def test_priorities_have_the_values_of_the_contract() -> None:
