@@ -204,6 +204,40 @@ class MessageBroker(ABC):
         """Say why nothing can be sent, where the member knows; else empty."""
         return ""
 
+    @property
+    def is_connected(self) -> bool:
+        """Say whether `connect` was called; where there is nothing to connect to, always."""
+        return True
+
+    @property
+    def is_away(self) -> bool:
+        """Say whether the fabric is known to be gone, though the member still takes frames."""
+        return False
+
+    async def reach(self, timeout_s: float) -> None:
+        """
+        Return when the fabric is not away: what is sent then does not only wait in a queue.
+
+        Raises:
+            BackpressureError: It stayed away for `timeout_s` seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.is_away:
+                    await self.wait_sendable()
+        except TimeoutError:
+            raise BackpressureError(f"{self.trouble()} (waited {timeout_s:g} s)") from None
+
+    def require_connected(self) -> None:
+        """
+        Let nobody begin who could not go on.
+
+        Raises:
+            NotConnectedError: `connect()` was not called; says so.
+            ClosedError: The broker is closed.
+        """
+        self._require_open(connected=self.is_connected)
+
     async def publish(self, channel: str, message: Mapping[str, Any]) -> None:
         """
         Send one dict on a channel, as a CloudEvent whose type is the channel.
@@ -234,11 +268,18 @@ class MessageBroker(ABC):
 
         Raises:
             NotConnectedError: `connect()` was not called.
+            ClosedError: The broker is closed.
         """
         topic = check_topic(channel)
+        self.require_connected()
         bound = _Channel(self, handler)
+        try:
+            await self.attach([topic], bound)
+        except BaseException:
+            await self.detach(bound)
+            await bound.stop()
+            raise
         self._channels.setdefault(topic, []).append(bound)
-        await self.attach([topic], bound)
 
     async def _close_channels(self) -> None:
         for bound in [bound for group in self._channels.values() for bound in group]:

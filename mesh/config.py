@@ -93,7 +93,8 @@ class MessageBusConfig:
             for name, (check, wanted) in _RULES.items()
             if not check(getattr(self, name))
         ]
-        problems += _contradictions(self)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        problems += _contradictions(values, {name: name for name in values})
         if problems:
             raise ConfigurationError(problems)
 
@@ -116,12 +117,15 @@ class MessageBusConfig:
             if text is None or text == "":
                 continue
             try:
-                values[name] = _PARSERS[name](text.strip())
+                value = _PARSERS[name](text.strip())
                 check, wanted = _RULES.get(name, (_anything, ""))
-                if not check(values[name]):
+                if not check(value):
                     raise ValueError(wanted)
+                values[name] = value
             except ValueError as error:
                 problems.append(f"{variable}={_shown(name, text)!s}: {error}")
+        defaults = {field.name: field.default for field in fields(cls)}
+        problems += _contradictions(defaults | values, VARIABLES)
         problems += _unknown(source)
         if problems:
             raise ConfigurationError(problems)
@@ -342,25 +346,30 @@ def _unknown(source: Mapping[str, str]) -> list[str]:
     return problems
 
 
-def _contradictions(config: MessageBusConfig) -> list[str]:
+def _contradictions(values: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
     """Name settings that cannot hold together: which one would win is nothing to guess."""
-    at_host = config.redis_host != "localhost" or config.redis_port != 6379
-    ways = {
-        "redis_url": config.redis_url is not None,
-        "redis_socket": config.redis_socket is not None,
-        "redis_host/redis_port": at_host,
-        "redis_sentinels": bool(config.redis_sentinels),
-    }
-    given = [way for way, said in ways.items() if said]
+
+    def say(*names: str) -> str:
+        return " and ".join(f"{named[name]}={_shown(name, values[name])}" for name in names)
+
+    place = [
+        name
+        for name, absent in (("redis_host", "localhost"), ("redis_port", 6379))
+        if values[name] != absent
+    ]
+    others = [name for name in ("redis_url", "redis_socket", "redis_sentinels") if values[name]]
     problems = []
-    if len(given) > 1:
-        problems.append(f"{' and '.join(given)}: each says where Redis is; set one of them")
-    if config.redis_cluster and (config.redis_sentinels or config.redis_socket):
+    if len(others) + bool(place) > 1:
+        problems.append(f"{say(*others, *place)}: each says where Redis is; set one of them")
+    if values["redis_cluster"] and (values["redis_sentinels"] or values["redis_socket"]):
         problems.append(
-            "redis_cluster=True: a cluster is reached by redis_host and redis_port, or redis_url"
+            f"{say('redis_cluster')}: a cluster is reached by {named['redis_host']} and"
+            f" {named['redis_port']}, or {named['redis_url']}"
         )
-    if config.redis_tls and config.redis_socket:
-        problems.append("redis_tls=True: a Unix socket needs no TLS; unset one of them")
+    if values["redis_tls"] and values["redis_socket"]:
+        problems.append(
+            f"{say('redis_tls', 'redis_socket')}: a Unix socket needs no TLS; unset one of them"
+        )
     return problems
 
 

@@ -143,11 +143,19 @@ class EventConsumer:
             raise ClosedError(f"consumer {self.agent_name!r} was stopped; make a new one")
         if self._started:
             return
+        self.broker.require_connected()
         self._started = True
-        await self.prepare()
-        self._slots.start()
-        # Durable ones as well: should a publisher take one for live, it is heard, and said
-        await self.broker.attach(sorted(self._topics()), self)
+        try:
+            await self.prepare()
+            self._slots.start()
+            # Durable ones as well: should a publisher take one for live, it is heard, and said
+            await self.broker.attach(sorted(self._topics()), self)
+        except BaseException:
+            # Who tries again begins again
+            self._started = False
+            await self.broker.detach(self)
+            await self._slots.stop()
+            raise
         if self._intake is not None:
             self._intake.start()
         if not self.ledger.get("ready_at_us"):

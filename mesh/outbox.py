@@ -105,10 +105,12 @@ class Outbox:
 
         Raises:
             TopicError: The type breaks the topic grammar.
-            ClosedError: The publisher is closed.
+            ClosedError: The publisher or the broker is closed.
+            NotConnectedError: The broker is not connected; nothing is numbered or kept.
         """
         topic = check_topic(event_type)
         self._require_open()
+        self._broker.require_connected()
         encode, encode_all = codec.payload_encoder(topic), codec.payloads_encoder(topic)
         member = declaration_of(topic).member
         if topic.startswith(PRIVATE_PREFIX) or is_durable(topic):

@@ -17,7 +17,7 @@ from mesh.codec import check_text
 from mesh.context import current_context
 from mesh.deadletters import DeadLetters
 from mesh.errors import BrokerUnavailableError
-from mesh.events import Event, id_source, payload_of
+from mesh.events import Event, id_source, is_durable, payload_of
 from mesh.handlers import compose
 from mesh.ledger import Ledger
 from mesh.outbox import Outbox, Outgoing
@@ -326,6 +326,8 @@ class EventPublisher:
         event = self.make_event(event_type, data, correlation_id, key=key)
         for attempt in range(max_retries + 1):
             try:
+                if not is_durable(event.type):
+                    await self.config.broker.reach(_TRY_S)
                 await self.publish_event(event)
                 await self.flush(min(_TRY_S, self.config.publish_timeout_s))
             except BrokerUnavailableError as error:

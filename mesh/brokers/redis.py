@@ -180,6 +180,11 @@ class RedisMessageBroker(MessageBroker):
         )
         return self._place.nodes(terms, self._resend, self._routes.clear)
 
+    @property
+    def is_connected(self) -> bool:
+        """Say whether `connect` was called; whether Redis answers just now is another question."""
+        return self._nodes is not None
+
     def _joined(self) -> Nodes:
         self._require_open(connected=self._nodes is not None)
         assert self._nodes is not None

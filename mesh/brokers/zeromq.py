@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+#: What a monitor socket tells: the handshake is done, or the connection is gone (a forwarder that
+#: died, or was silent for HEARTBEAT_TIMEOUT).
+_UP, _DOWN = zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
 #: High-water mark in frames, on each leg. A frame holds 1 to 64 events (or 64 KiB of them).
 HIGH_WATER_FRAMES = 2000
 #: Frames taken from the socket in one go before the loop gets a turn.
@@ -50,6 +53,9 @@ _PROBE = "_probe."
 class ZeroMQMessageBroker(MessageBroker):
     """
     A fabric of ZeroMQ sockets in a run directory.
+
+    While the forwarder is away, frames wait in the socket as far as its high-water mark; who must
+    know asks `is_away`. Connections come back by themselves, with all subscriptions.
 
     Args:
         directory: The mesh's run directory; default MESH_DIR.
@@ -80,6 +86,8 @@ class ZeroMQMessageBroker(MessageBroker):
         self._probes: dict[bytes, _Probe] = {}
         self._paused = False
         self._drain_soon = False
+        #: Whether the publisher's connection stands.
+        self._is_up = False
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -103,10 +111,12 @@ class ZeroMQMessageBroker(MessageBroker):
         # same option would let one stopped subscriber stop the mesh.
         self._publisher.setsockopt(zmq.XPUB_NODROP, 1)
         self._subscriber = self._socket(zmq.SUB)
+        self._news = self._publisher.get_monitor_socket(_UP | _DOWN)
         self._publisher.connect(f"ipc://{self._rundir.socket('in')}")
         self._subscriber.connect(f"ipc://{self._rundir.socket('out')}")
         self._loop.add_reader(self._subscriber.fileno(), self._drain)
         self._loop.add_reader(self._publisher.fileno(), self._read_subscriptions)
+        self._loop.add_reader(self._news.fileno(), self._read_news)
         spawned: subprocess.Popen[bytes] | None = None
         if _is_alone(self._rundir):
             spawned = await asyncio.to_thread(_spawn_forwarder, self._rundir)
@@ -131,9 +141,12 @@ class ZeroMQMessageBroker(MessageBroker):
         await self._close_channels()
         if self._context is None:
             return
-        for each in (self._subscriber, self._publisher):
+        self._is_up = False
+        for each in (self._subscriber, self._publisher, self._news):
             self._loop.remove_reader(each.fileno())
         self._subscriber.close(linger=0)
+        self._publisher.disable_monitor()
+        self._news.close(linger=0)
         # What was accepted shall leave, but a dead forwarder must not hold us up
         self._publisher.close(linger=1000)
         context, self._context = self._context, None
@@ -177,6 +190,8 @@ class ZeroMQMessageBroker(MessageBroker):
                 self._check_events()
                 while not probe.returned.is_set():
                     await self._await_echo(probe)
+            # The connection stood before the echo could come back on the other one
+            self._read_news()
         except TimeoutError:
             raise BrokerUnavailableError(
                 f"no echo from the forwarder in {self._rundir.path} for {timeout_s:g} s;"
@@ -214,6 +229,20 @@ class ZeroMQMessageBroker(MessageBroker):
                     probe.subscribed.set()
             elif message[:1] != b"\x00":
                 _log.warning("ignored %d bytes that are no subscription", len(message))
+
+    def _read_news(self) -> None:
+        """Take in whether the publisher's connection came or went."""
+        while self._context is not None:
+            try:
+                head, _ = self._news.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._is_up = int.from_bytes(head[:2], sys.byteorder) == _UP
+
+    @property
+    def is_connected(self) -> bool:
+        """Say whether `connect` was called; whether the forwarder lives is another question."""
+        return self._context is not None
 
     # -- receiving -----------------------------------------------------------------------------
 
@@ -318,6 +347,15 @@ class ZeroMQMessageBroker(MessageBroker):
     async def wait_sendable(self) -> None:
         """Wait a moment: XPUB always claims to be writable, so nothing could wake us."""
         await asyncio.sleep(0.002)
+
+    @property
+    def is_away(self) -> bool:
+        """Say whether the forwarder is gone, or was silent for HEARTBEAT_TIMEOUT."""
+        return self._context is not None and not self._is_up
+
+    def trouble(self) -> str:
+        """Say that the forwarder is away, when it is."""
+        return "" if not self.is_away else f"the forwarder in {self._rundir.path} is away"
 
 
 class _Probe:

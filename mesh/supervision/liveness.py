@@ -131,6 +131,12 @@ def _by_silence(seen: Sighting, silent_s: float, config: LivenessConfig) -> Verd
     return Verdict.STUCK if seen.needs_restart else Verdict.READY
 
 
+def _shared_silence_s(silences_s: Collection[float]) -> float:
+    """Give the silence that as many share as make a mass stall: each is silent at least so long."""
+    many = max(2, (len(silences_s) + 1) // 2)
+    return sorted(silences_s, reverse=True)[many - 1] if len(silences_s) >= many else 0.0
+
+
 def choose(
     sightings: Mapping[str, Sighting],
     *,
@@ -142,6 +148,10 @@ def choose(
 ) -> list[str]:
     """
     Name the agents to be killed now.
+
+    What half the fleet shares excuses nobody beyond it: while many are silent, an agent is named at
+    once if it says itself that it is stuck, or was silent for the limit before the others were;
+    whoever fell silent with them has three times the limit, and goes one by one.
 
     Args:
         sightings: What is known, by agent.
@@ -161,8 +171,17 @@ def choose(
     ]
     if not is_mass_stall(verdicts):
         return wanted
+    silent_s = {name: silence_s(seen, now_s) for name, seen in sightings.items() if seen.pid}
+    shared_s = _shared_silence_s(silent_s.values())
+    alone = [
+        name
+        for name in wanted
+        if verdicts[name] is Verdict.STUCK or silent_s[name] - shared_s > config.hung_s
+    ]
+    if alone:
+        return alone
     limit_s = config.hung_s * config.mass_factor
-    patient = [name for name in wanted if silence_s(sightings[name], now_s) > limit_s]
+    patient = [name for name in wanted if silent_s[name] > limit_s]
     return patient[:1] if now_s - last_kill_s >= config.spread_s else []
 
 

@@ -15,37 +15,12 @@ from mesh import (
     EventPublisher,
     EventType,
     HandlerPriority,
-    MessageBusFactory,
     PublisherConfig,
 )
-from tests.plumbing.processes import eventually, wait_until
+from tests.plumbing.processes import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
     from mesh import MessageBroker
-
-
-@pytest.fixture(params=["memory", "zmq", pytest.param("redis", marks=pytest.mark.redis)])
-async def bus(
-    request: pytest.FixtureRequest, own_mesh_dir: Path
-) -> AsyncIterator[tuple[MessageBroker, EventHandlerRegistry]]:
-    settings = {}
-    if request.param == "redis":
-        settings["redis_url"] = request.getfixturevalue("redis_url")
-    broker, registry = await MessageBusFactory.create_message_bus(request.param, **settings)
-    yield broker, registry
-    await broker.close()
-    _await_lonely_forwarder(own_mesh_dir)
-
-
-def _await_lonely_forwarder(folder: Path) -> None:
-    """An ad-hoc forwarder leaves by itself, two seconds after its last peer."""
-    from mesh.rundir import RunDir
-
-    rundir = RunDir(folder)
-    wait_until(lambda: rundir.holder(rundir.lock("forwarder")) is None)
 
 
 class Analyst(EventConsumer):

@@ -219,7 +219,9 @@ def test_the_settings_name_all_mistakes_and_no_secret() -> None:
     assert len(refused.value.problems) == 6
     assert SECRET not in str(refused.value)
 
-    with pytest.raises(ConfigurationError, match="redis_url and redis_socket: each says where"):
+    with pytest.raises(
+        ConfigurationError, match="REDIS_URL=redis://h and REDIS_SOCKET=/s: each says where"
+    ):
         MessageBusConfig.from_env({"REDIS_URL": "redis://h", "REDIS_SOCKET": "/s"})
 
     config = MessageBusConfig.from_env({

@@ -127,6 +127,42 @@ def test_mass_needs_two() -> None:
     assert is_mass_stall({"a": Verdict.HUNG, "b": Verdict.SUSPECT})
 
 
+def test_who_was_silent_long_before_the_others_is_not_excused_by_them() -> None:
+    """Others that are heard now and then, late, put a verdict off by their own lateness alone."""
+    late = {"b": seen(4, pid=2), "c": seen(3.5, pid=3), "d": seen(0, pid=4)}
+
+    assert doomed({"a": seen(13.9, pid=1), **late}) == []
+    assert doomed({"a": seen(14.1, pid=1), **late}) == ["a"]
+    assert doomed({"a": seen(20.1, pid=1), **{n: seen(10, pid=2) for n in "bcd"}}) == ["a"]
+
+
+def test_who_says_that_it_is_stuck_is_not_excused_by_the_silence_of_others() -> None:
+    others = {name: seen(8, pid=number) for number, name in enumerate("bcd", 2)}
+
+    assert doomed({"a": seen(1, pid=1, needs_restart=True), **others}) == ["a"]
+
+
+@given(st.lists(st.floats(0, 9), min_size=1, max_size=9), st.floats(20, 100))
+def test_who_hangs_is_named_within_twice_the_limit_however_late_the_others_are_heard(
+    lateness_s: list[float], silent_s: float
+) -> None:
+    fleet = {str(number): seen(late, pid=number) for number, late in enumerate(lateness_s, 2)}
+
+    assert doomed({"hung": seen(silent_s, pid=1), **fleet}) == ["hung"]
+
+
+@given(st.lists(st.floats(0, 9.9), max_size=9), st.floats(3.1, 20))
+def test_whoever_fell_silent_together_has_three_times_the_limit(
+    lateness_s: list[float], stalled_s: float
+) -> None:
+    fleet = {
+        str(number): seen(stalled_s + late, pid=number)
+        for number, late in enumerate([0.0, *lateness_s], 1)
+    }
+
+    assert len(fleet) == 1 or doomed(fleet) == []
+
+
 def info(name: str, state: str, pid: int) -> ProcessInfo:
     return ProcessInfo(name, state, pid, 0, "", 0.0, 0.0)
 

@@ -1,0 +1,154 @@
+"""What users are promised of settings: names, defaults, and refusals that say it all at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from mesh import ConfigurationError, MessageBusConfig
+
+SECRET = "hunter2"
+
+
+def test_the_settings_of_the_contract_can_be_given() -> None:
+    config = MessageBusConfig(
+        broker_type="redis",
+        redis_host="localhost",
+        redis_port=6379,
+        consumer_buffer_size=1000,
+        log_level="DEBUG",
+    )
+
+    shown = config.to_dict()
+    assert (shown["broker_type"], shown["redis_host"], shown["redis_port"]) == (
+        "redis",
+        "localhost",
+        6379,
+    )
+    assert (shown["consumer_buffer_size"], shown["log_level"]) == (1000, "DEBUG")
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    config = MessageBusConfig.from_env({})
+
+    assert config == MessageBusConfig()
+    assert (config.redis_host, config.redis_port, config.redis_password) == (
+        "localhost",
+        6379,
+        None,
+    )
+    assert config.consumer_buffer_size == 1000
+    assert config.consumer_max_retries == 3
+    assert config.consumer_retry_delay_ms == 100
+    assert config.log_level == "INFO"
+    assert config.log_events is True
+
+
+def test_every_variable_of_the_contract_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        "LEGION_BROKER_TYPE": "redis",
+        "REDIS_HOST": "redis.example",
+        "REDIS_PORT": "6380",
+        "REDIS_PASSWORD": SECRET,
+        "LEGION_CONSUMER_BUFFER_SIZE": "7",
+        "LEGION_CONSUMER_MAX_RETRIES": "0",
+        "LEGION_CONSUMER_RETRY_DELAY_MS": "2.5",
+        "LEGION_LOG_LEVEL": "warning",
+        "LEGION_LOG_EVENTS": "false",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+    assert MessageBusConfig.from_env() == MessageBusConfig(
+        broker_type="redis",
+        redis_host="redis.example",
+        redis_port=6380,
+        redis_password=SECRET,
+        consumer_buffer_size=7,
+        consumer_max_retries=0,
+        consumer_retry_delay_ms=2.5,
+        log_level="WARNING",
+        log_events=False,
+    )
+
+
+def test_secrets_are_masked_wherever_settings_are_shown() -> None:
+    config = MessageBusConfig(redis_password=SECRET, redis_sentinel_password=SECRET)
+
+    assert config.to_dict()["redis_password"] == "***"
+    assert SECRET not in f"{config} {config!r} {config.to_dict()}"
+    assert MessageBusConfig().to_dict()["redis_password"] is None
+
+
+def test_all_refusals_come_at_once_with_variable_value_and_what_is_allowed() -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        MessageBusConfig.from_env(
+            {
+                "LEGION_BROKER_TYPE": "carrier-pigeon",
+                "REDIS_PORT": "65536",
+                "LEGION_CONSUMER_BUFFER_SIZE": "many",
+                "LEGION_CONSUMER_MAX_RETRIES": "-1",
+                "LEGION_CONSUMER_RETRY_DELAY_MS": "nan",
+                "LEGION_LOG_LEVEL": "LOUD",
+                "LEGION_LOG_EVENTS": "perhaps",
+                "LEGION_BROKER_TYP": "zmq",
+            }
+        )
+
+    assert sorted(refused.value.problems) == [
+        "LEGION_BROKER_TYP=zmq: no such setting; did you mean LEGION_BROKER_TYPE?",
+        "LEGION_BROKER_TYPE=carrier-pigeon: must be one of memory, zmq, redis",
+        "LEGION_CONSUMER_BUFFER_SIZE=many: must be a whole number",
+        "LEGION_CONSUMER_MAX_RETRIES=-1: must be 0 to 1000",
+        "LEGION_CONSUMER_RETRY_DELAY_MS=nan: must be a finite number",
+        "LEGION_LOG_EVENTS=perhaps: must be true or false",
+        "LEGION_LOG_LEVEL=LOUD: must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL",
+        "REDIS_PORT=65536: must be 1 to 65535",
+    ]
+    assert str(refused.value).splitlines() == refused.value.problems
+
+
+def test_settings_that_cannot_hold_together_are_named_like_the_others() -> None:
+    """By the variables that somebody set, and together with everything else that is wrong."""
+    with pytest.raises(ConfigurationError) as refused:
+        MessageBusConfig.from_env(
+            {
+                "REDIS_URL": f"redis://ann:{SECRET}@one.example",
+                "REDIS_HOST": "two.example",
+                "REDIS_SOCKET": "/run/redis.sock",
+                "REDIS_TLS": "yes",
+                "LEGION_REDIS_CLUSTER": "yes",
+                "LEGION_LOG_LEVEL": "LOUD",
+            }
+        )
+
+    assert refused.value.problems[1:] == [
+        (
+            "REDIS_URL=redis://ann:***@one.example and REDIS_SOCKET=/run/redis.sock and"
+            " REDIS_HOST=two.example: each says where Redis is; set one of them"
+        ),
+        (
+            "LEGION_REDIS_CLUSTER=True: a cluster is reached by REDIS_HOST and REDIS_PORT, or"
+            " REDIS_URL"
+        ),
+        (
+            "REDIS_TLS=True and REDIS_SOCKET=/run/redis.sock: a Unix socket needs no TLS; unset one"
+            " of them"
+        ),
+    ]
+    with pytest.raises(ConfigurationError, match="redis_url=redis://h and redis_port=1: each says"):
+        MessageBusConfig(redis_url="redis://h", redis_port=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("broker_type", "carrier-pigeon"),
+        ("redis_port", 0),
+        ("consumer_buffer_size", "1000"),
+        ("consumer_max_retries", -1),
+        ("log_level", "debug"),
+    ],
+)
+def test_a_value_given_in_code_is_checked_too(field: str, value: object) -> None:
+    with pytest.raises(ConfigurationError, match=f"{field}={value}: must be"):
+        MessageBusConfig(**{field: value})  # type: ignore[arg-type]
