@@ -176,7 +176,7 @@ class InProcessMesh:
 
     async def _pending(self) -> int:
         """Count what the journal still has for the agents."""
-        if not any(agent.has_state for agent in self.agents.values()):
+        if not self.broker.has_journal:
             return 0
         journal = await self.broker.open_journal()
         return sum(view.pending for view in await journal.groups() if view.group in self.agents)
