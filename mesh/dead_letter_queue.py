@@ -24,7 +24,7 @@ import msgspec
 from mesh import codec
 from mesh.clock import SYSTEM_CLOCK
 from mesh.deadletters import Attempt
-from mesh.errors import DeadLetterError, EventTooLargeError, FrameError
+from mesh.errors import DeadLetterError, EventTooLargeError, FrameError, TopicError
 from mesh.events import Event, is_durable
 from mesh.journal import ALL_DEAD, DeadQuery, Record
 from mesh.replay import REPLAYER, event_of, replay_record
@@ -285,7 +285,7 @@ class DeadLetterQueue:
             try:
                 event = _ready_event(letter, now, ignore_expiry=ignore_expiry)
                 made = self._made(letter, event, kept_topics, now)
-            except (DeadLetterError, EventTooLargeError) as error:
+            except (DeadLetterError, EventTooLargeError, TopicError) as error:
                 report.refused.append(Refusal(letter.id, str(error)))
                 continue
             leaving.append(made)
@@ -307,8 +307,8 @@ class DeadLetterQueue:
             return _Leaving(letter, Record(letter.topic, event.id, frame, event.key), event)
         if self._publisher is None:
             raise DeadLetterError(
-                "its type is live, and nobody publishes here:"
-                " DeadLetterQueue(journal, publisher) does"
+                "its type is live and there is no publisher: start the mesh first"
+                " (in Python: DeadLetterQueue(journal, publisher))"
             )
         return _Leaving(letter, None, event)
 
@@ -329,6 +329,12 @@ class DeadLetterQueue:
             await self._journal.append(records)
         if leaving:
             await self._journal.exhume([each.letter for each in leaving])
+
+
+def plain(letter: DeadLetter) -> dict[str, Any]:
+    """Give a letter as what JSON can hold; bytes in base64."""
+    built: dict[str, Any] = msgspec.to_builtins(letter)
+    return built
 
 
 def _ready_event(letter: DeadLetter, now: datetime, *, ignore_expiry: bool) -> Event:

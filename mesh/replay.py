@@ -19,7 +19,7 @@ from mesh.deadletters import Attempt, Earlier, encode_letter
 from mesh.errors import FrameError
 from mesh.events import Event
 from mesh.journal import Record
-from mesh.topics import replay_topic
+from mesh.topics import check_topic, replay_topic
 
 if TYPE_CHECKING:
     from mesh.deadletters import DeadLetter
@@ -75,8 +75,9 @@ def replay_record(letter: DeadLetter, event: Event, now: datetime) -> Record:
     Raises:
         EventTooLargeError: The event leaves no room for the envelope around it.
         PayloadError: Something in the payload cannot travel.
+        TopicError: The agent's name is none that can have replays.
     """
-    topic = replay_topic(letter.agent)
+    topic = check_topic(replay_topic(letter.agent))
     identity = hashlib.blake2b(encode_letter(letter), digest_size=12).hexdigest()
     frame = codec.encode_single(event)
     history = _cut((*letter.history, Attempt(at_s=letter.at_s, error=letter.error)))
