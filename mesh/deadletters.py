@@ -222,6 +222,11 @@ class DeadLetters:
         self._sampled_at[reason] = now
         self.put(self.frame_letter(topic, reason, error, raw))
 
+    async def written(self) -> None:
+        """Return when the letters so far are kept; waits for a journal that is away."""
+        while self._writing is not None and not self._writing.done():
+            await asyncio.wait({self._writing})
+
     async def close(self, limit_s: float = 2.0) -> None:
         """
         Write out what waits.

@@ -147,6 +147,7 @@ class InProcessMesh:
             for agent in self.agents.values():
                 await agent.publisher.flush()
                 await agent.consumer.drained()
+                await agent.consumer.dead_letters.written()
             if before == self._said() and not self._unsettled() and not await self._pending():
                 return
             await asyncio.sleep(0)
