@@ -27,7 +27,7 @@ from mesh.redis_link.resp import ReplyError
 from mesh.topics import check_topic, replay_topic
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     from mesh.broker import Receiver
@@ -123,13 +123,15 @@ class RedisMessageBroker(MessageBroker):
         }
         self._place = place_of(**where, mesh=mesh)
         name = journal or journal_name()
-        self._journal_options = {
+        options = {
             **where,
             "mesh": mesh if name == DEFAULT_JOURNAL else f"{mesh}.{name}",
             "connect_timeout_s": connect_timeout_s,
             "silent_s": silent_s,
             "allow_volatile": allow_volatile,
         }
+        # Not among the attributes, where whoever prints them would print the password
+        self._journal_options: Callable[[], dict[str, Any]] = lambda: options
         self._cluster = cluster
         self._prefix = f"legion:{mesh}:live:"
         self._connect_timeout_s = connect_timeout_s
@@ -272,7 +274,7 @@ class RedisMessageBroker(MessageBroker):
         """Give the journal of the same Redis: Streams."""
         from mesh.journals.redis import RedisJournal
 
-        return RedisJournal(**self._journal_options)
+        return RedisJournal(**self._journal_options())
 
     async def awaits_replay(self, group: str) -> bool:
         """Ask Redis whether the group was ever told to hear replays."""

@@ -18,6 +18,7 @@ from mesh.errors import ConfigurationError
 from mesh.journal import ALL_DEAD, LEASE_S, DeadQuery, Delivery, Feature
 from mesh.journals.local import LocalJournal
 from mesh.journals.redis_consumers import Consumer
+from mesh.journals.redis_entries import spot_of
 from mesh.journals.redis_keys import Keys
 from mesh.journals.redis_reader import Reader
 from mesh.journals.redis_store import Store
@@ -148,7 +149,7 @@ class RedisJournal(LocalJournal):
             silent_s=silent_s,
         )
         self._reader = Reader(store, keys, int(lease_s * 1000))
-        self._writer = Writer(store, keys, remembered_ids)
+        self._writer = Writer(store, keys, remembered_ids, self._spawn)
         self._views = Views(store, keys)
         self._consumers: dict[tuple[str, str], Consumer] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -161,6 +162,9 @@ class RedisJournal(LocalJournal):
             self._require_open()
         if not self._connected:
             await self._store.connect(self._connect_timeout_s, allow_volatile=self._allow_volatile)
+            if self._keys.cluster:
+                seconds, micros = await self._store.call(self._keys.topics, "TIME")
+                self._writer.clock.tell(int(seconds) * 1000 + int(micros) // 1000)
             self._connected = True
 
     async def close(self) -> None:
@@ -185,7 +189,8 @@ class RedisJournal(LocalJournal):
     async def erase(self) -> None:
         """Forget everything."""
         self._require_open()
-        await self._store.erase(self._keys.prefix)
+        for prefix in self._keys.prefixes:
+            await self._store.erase(prefix)
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -267,7 +272,10 @@ class RedisJournal(LocalJournal):
 
     async def _look_for(self, me: Consumer, limit: int) -> list[Delivery]:
         async with me.reading:
-            return await self._reader.read(me, limit)
+            handed = await self._reader.read(me, limit)
+        if handed and self._keys.cluster:
+            self._writer.clock.observe(max(spot_of(str(each.position)) for each in handed))
+        return handed
 
     async def _take_back(self, me: Consumer, looking: asyncio.Task[list[Delivery]]) -> None:
         handed = await looking

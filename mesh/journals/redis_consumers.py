@@ -14,7 +14,9 @@ from mesh.journal import MAX_UNSETTLED, Delivery
 from mesh.journals.redis_entries import START, Entry, Spot
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
+
+    from mesh.journal import Step
 
 #: What one read hands out at most, but for one event.
 _MAX_READ_BYTES = 4 * 1024 * 1024
@@ -40,16 +42,20 @@ class Lane:
     topic: str
     partition: int
     key: bytes
-    #: Who owns the stream has its name there; a later owner's is greater.
+    #: Who owns the stream has this there; a later owner's is greater.
     token: str
     #: All up to here was handed out.
     spot: Spot
     #: How many entries that were, as Redis counts; below zero when it has lost count.
     read: int
-    #: Handed out before, and to be handed out again: with the count of Redis, which is 0 for what
-    #: was given back; the others are suspect.
+    #: On the pending list, to be handed out again: with the count of Redis, which is 0 for what was
+    #: given back; the others are suspect.
     waiting: list[tuple[Spot, int]]
     done: dict[str, set[str]]
+    #: Handed out and not on the pending list, in order; with the count of entries up to there.
+    plain: dict[str, tuple[Spot, int]] = field(default_factory=dict)
+    #: The same for those that were given back, and are on the pending list since.
+    returned: dict[str, tuple[Spot, int]] = field(default_factory=dict)
     #: Fetched, but other streams may have something older.
     fetched: list[tuple[Spot, Lane, Entry]] = field(default_factory=list)
     fetched_to: Spot = START
@@ -117,6 +123,9 @@ class Consumer:
         #: How far each stream had been, to notice that Redis has forgotten something.
         self.reached: dict[tuple[str, int], Spot] = {}
         self.page = _MIN_PAGE
+        #: Steps that wait until those before them are applied, and who waits for them.
+        self.commits: list[tuple[Sequence[Step], asyncio.Future[set[int]]]] = []
+        self.committing = False
 
     # -- owning --------------------------------------------------------------------------------
 
@@ -201,12 +210,10 @@ class Consumer:
                 break
         return picks
 
-    def hand_out(self, spot: Spot, lane: Lane, entry: Entry, count: int) -> Delivery:
+    def hand_out(self, lane: Lane, entry: Entry, count: int) -> Delivery:
         """Give an event to its handler; Redis has counted it already."""
         position = entry.position
         self.held[lane.topic, lane.partition, position] = count
-        if spot > lane.spot:
-            lane.spot = spot
         done = frozenset(lane.done[position]) if position in lane.done else frozenset()
         return Delivery(position, lane.topic, lane.partition, entry.id, entry.frame, count, done)
 
@@ -219,6 +226,8 @@ class Consumer:
                 continue
             # A suspect stays one; others are as if they had never been handed out
             count -= 1
+            if (plain := lane.plain.pop(name[2], None)) is not None:
+                lane.returned[name[2]] = plain
             ms, _, seq = name[2].partition("-")
             lane.wait((int(ms), int(seq)), count)
             back.append((lane, name[2], count))
@@ -273,18 +282,10 @@ class Consumer:
 
     # -- settling ------------------------------------------------------------------------------
 
-    def settled(self, names: Iterable[Name]) -> bool:
-        """Let go of what was settled; says whether a waiting read should look again."""
+    def settled(self, names: Iterable[Name]) -> None:
+        """Let go of what was settled."""
         for name in names:
             self.settling.pop(name, None)
             if name == self.alone:
                 self.alone = None
         self.look_for_drained()
-        return self.blocked or self.stale
-
-    def not_settled(self, names: Iterable[Name]) -> None:
-        """Hold again what a commit did not settle."""
-        for name in names:
-            count = self.settling.pop(name, None)
-            if count is not None:
-                self.held[name] = count

@@ -1,12 +1,22 @@
 """
 The names under which the Redis journal keeps things; docs/decisions/0006 says what is in them.
 
-What stands in braces decides the slot of a cluster: all that belongs to one stream lies together.
+What stands in braces decides the slot of a cluster: all that belongs to one partition lies
+together, whichever the topic, so that its events have one order.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mesh.topics import check_topic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mesh.journal import Record
+
+_KNOWN_KEYS = 10_000
 
 
 class Keys:
@@ -15,16 +25,18 @@ class Keys:
 
     Args:
         mesh: Its name.
-        cluster: Whether what belongs to different streams may lie on different servers.
+        cluster: Whether partitions may lie on different servers.
     """
 
     def __init__(self, mesh: str, *, cluster: bool) -> None:
         """Know the fixed ones."""
+        self._mesh = mesh
         self._prefix = f"legion:{mesh}:"
         #: What all of them begin with.
-        self.prefix = self._prefix.encode()
-        self._cluster = cluster
+        self.prefixes = [self._prefix.encode(), f"legion:{{{mesh}:".encode()]
+        self.cluster = cluster
         self._streams: dict[tuple[str, int], bytes] = {}
+        self._partitions: dict[str, int] = {}
         #: All topics that were ever appended to or declared, and all groups.
         self.topics = self._named("topics")
         self.groups = self._named("groups")
@@ -35,28 +47,47 @@ class Keys:
         """Give the stream of a partition of a topic."""
         known = self._streams.get((topic, partition))
         if known is None:
-            name = f"durable:{{{check_topic(topic)}:{partition}}}"
-            known = self._streams[topic, partition] = self._named(name)
+            name = f"legion:{{{self._mesh}:{partition}}}:durable:{check_topic(topic)}"
+            known = self._streams[topic, partition] = name.encode()
         return known
 
-    def ids(self, stream: bytes) -> list[bytes]:
-        """Give the two sets of ids that appends to a stream ask."""
-        base = stream + b":ids" if self._cluster else self._named("ids")
-        return [base, base + b":old"]
+    def partition_of(self, record: Record) -> int:
+        """Give the partition of a record; those of keys are remembered for a while."""
+        key = record.key
+        if key is None:
+            return record.partition
+        known = self._partitions.get(key)
+        if known is None:
+            if len(self._partitions) >= _KNOWN_KEYS:
+                self._partitions.clear()
+            known = self._partitions[key] = record.partition
+        return known
 
-    def clock(self) -> bytes | None:
-        """Give the key of the latest position of all streams, where they share one."""
-        return None if self._cluster else self._named("clock")
+    def memory(self, partition: int) -> list[bytes]:
+        """Give the two sets of ids that appends to a partition ask: on one server, all the same."""
+        return [self._shared(partition, "ids"), self._shared(partition, "ids:old")]
+
+    def clock(self, partition: int) -> bytes:
+        """Give the key of the latest position in a partition: on one server, of all."""
+        return self._shared(partition, "clock")
 
     def channel(self, topic: str, partition: int) -> bytes:
-        """Give the channel on which appends to a stream are told."""
-        place = f"{{{topic}:{partition}}}" if self._cluster else topic
-        return self._named(f"wake:{place}")
+        """Give the channel on which appends to a stream are told: on one server, to any."""
+        return self._shared(partition, f"wake:{topic}")
 
     def topic_of(self, channel: bytes) -> str:
         """Give the topic of a channel."""
-        place = channel[len(self._prefix) + len("wake:") :].decode()
-        return place[1:-1].rpartition(":")[0] if self._cluster else place
+        return channel.decode().partition(":wake:")[2]
+
+    def parts(self, keys: Iterable[bytes]) -> list[list[bytes]]:
+        """Give streams in lists that one call may have: on a cluster those of a partition."""
+        if not self.cluster:
+            whole = list(keys)
+            return [whole] if whole else []
+        parts: dict[bytes, list[bytes]] = {}
+        for key in keys:
+            parts.setdefault(key.partition(b"}")[0], []).append(key)
+        return list(parts.values())
 
     def probe(self) -> bytes:
         """Give a channel that nobody listens to."""
@@ -90,6 +121,13 @@ class Keys:
             self.members(group),
             self.owners(group),
         ]
+
+    def _shared(self, partition: int, name: str) -> bytes:
+        return (
+            f"legion:{{{self._mesh}:{partition}}}:{name}".encode()
+            if self.cluster
+            else self._named(name)
+        )
 
     def _named(self, name: str) -> bytes:
         return f"{self._prefix}{name}".encode()

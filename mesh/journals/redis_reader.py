@@ -88,7 +88,7 @@ class Reader:
         await asyncio.gather(
             *(
                 store.run(DECLARE, part, {"group": group, "start": start})
-                for part in self.parts(streams)
+                for part in self._keys.parts(streams)
             )
         )
         # The groups of the streams come first: who finds none there knows that it was lost
@@ -143,7 +143,7 @@ class Reader:
             if await self._fetch(me):
                 return True
             looked = True
-        if not looked and self._store.place.cluster and await self._peek(me):
+        if not looked and self._keys.cluster and await self._peek(me):
             # On one server it is the marking that looks at the group
             me.stale = True
         return me.stale
@@ -177,7 +177,7 @@ class Reader:
                     *part,
                     *(starts[key] for key in part),
                 )
-                for part in self.parts(starts)
+                for part in self._keys.parts(starts)
             )
         )
         found = {key: entries for reply in replies for key, entries in reply or ()}
@@ -195,7 +195,7 @@ class Reader:
         for spot, lane, count in picks.again:
             lanes.setdefault(lane, ([], []))[1].append((spot, count))
         by_key = {lane.key: lane for lane in lanes}
-        parts = self.parts(by_key)
+        parts = self._keys.parts(by_key)
         outcomes = await asyncio.gather(
             *(self._mark_part(me, [by_key[key] for key in part], lanes) for part in parts),
             return_exceptions=True,
@@ -214,7 +214,7 @@ class Reader:
             me.begin_anew()
         entries.sort(key=_place_of)
         handed = [
-            me.hand_out(spot, lane, entry, count) for spot, lane, entry, count in entries
+            me.hand_out(lane, entry, count) for _, lane, entry, count in entries
             if me.lanes.get((lane.topic, lane.partition)) is lane
         ]  # fmt: skip
         if picks.alone and handed:
@@ -234,12 +234,12 @@ class Reader:
             fresh, again = picked[lane]
             if fresh:
                 read = lane.read + len(fresh) if lane.read >= 0 else -1
-                hands.append((number, [entry.position for entry in fresh], read))
+                hands.append((number, fresh[-1].position, read))
             claims += [(number, position_of(spot), count + 1) for spot, count in again]
         plan |= {"hands": hands, "claims": claims}
         plan["fences"] = [(number, lane.token) for number, lane in enumerate(lanes, 1)]
         keys = [lane.key for lane in lanes]
-        if not self._store.place.cluster:
+        if not self._keys.cluster:
             keys += [self._keys.numbers(me.group), self._keys.members(me.group)]
             plan["numbers"] = len(lanes) + 1
         status, *rest = await self._store.run(MARK, keys, plan)
@@ -250,21 +250,19 @@ class Reader:
             elif status == _NO_GROUP:
                 me.drop([lanes[rest[0] - 1]])
             return []
-        missing = {(number, position.decode()) for number, position in rest[0]}
         marked: list[tuple[Any, Lane, Entry, int]] = []
-        for number, lane in enumerate(lanes, 1):
+        for lane in lanes:
             fresh, again = picked[lane]
-            lane.read += len(fresh) if lane.read >= 0 else 0
-            marked += [
-                (entry.spot, lane, entry, 1)
-                for entry in fresh
-                if (number, entry.position) not in missing
-            ]
+            counted, read = lane.read >= 0, lane.read
+            for entry in fresh:
+                read += counted
+                lane.plain[entry.position] = entry.spot, read
+                marked.append((entry.spot, lane, entry, 1))
             if fresh:
-                lane.spot = max(lane.spot, fresh[-1].spot)
+                lane.spot, lane.read = fresh[-1].spot, read
             for each in again:
                 lane.waiting.remove(each)
-        for (number, _, count), found in zip(claims, rest[1], strict=True):
+        for (number, _, count), found in zip(claims, rest[0], strict=True):
             marked += [
                 (entry.spot, lanes[number - 1], entry, count) for entry in read_entries(found)
             ]
@@ -312,7 +310,7 @@ class Reader:
 
     async def _take(self, me: Consumer, places: dict[Place, str]) -> None:
         by_key = {self._keys.stream(*place): place for place in places}
-        parts = self.parts(by_key)
+        parts = self._keys.parts(by_key)
         replies = await asyncio.gather(
             *(
                 self._store.run(
@@ -435,7 +433,7 @@ class Reader:
         unfence: bool,
     ) -> None:
         plans = []
-        for part in self.parts(streams):
+        for part in self._keys.parts(streams):
             wakes = (
                 {self._keys.channel(*streams[key][0]).decode() for key in part} if unfence else ()
             )
@@ -455,13 +453,7 @@ class Reader:
     @property
     def verb(self) -> str:
         """Give the command that wakes."""
-        return "SPUBLISH" if self._store.place.cluster else "PUBLISH"
-
-    def parts(self, keys: Collection[bytes]) -> list[list[bytes]]:
-        """Give keys in lists that one call may have: on a cluster those of one slot, else all."""
-        if self._store.place.cluster:
-            return [[key] for key in keys]
-        return [list(keys)] if keys else []
+        return "SPUBLISH" if self._keys.cluster else "PUBLISH"
 
     def _identity(self, me: Consumer) -> dict[str, Any]:
         return {

@@ -60,12 +60,30 @@ local function lost()
   end
   return found
 end
-local function group_of(key)
-  local groups = pcall('XINFO', 'GROUPS', key)
+-- What has been handed out, and what of it is settled, are two groups of the stream
+local function groups_of(key)
+  local groups, handed, settled = pcall('XINFO', 'GROUPS', key), nil, nil
   for _, each in ipairs(groups.err and {} or groups) do
     local group = map(each)
-    if group.name == plan.group then return group end
+    if group.name == plan.group then handed = group end
+    if group.name == plan.group .. ':settled' then settled = group end
   end
+  return handed, settled
+end
+local function move(key, group, position, read)
+  if read < 0 then return pcall('XGROUP', 'SETID', key, group, position) end
+  return pcall('XGROUP', 'SETID', key, group, position, 'ENTRIESREAD', read)
+end
+-- Whether an error says that the group was destroyed, or the stream deleted
+local function is_missing(reply)
+  return reply.err and (string.find(reply.err, 'NOGROUP', 1, true)
+    or string.find(reply.err, 'requires the key to exist', 1, true))
+end
+local function claim(key, ids, ...)
+  local words = {key, plan.group, plan.consumer, 0}
+  for _, id in ipairs(ids) do words[#words + 1] = id end
+  for _, word in ipairs({...}) do words[#words + 1] = word end
+  return pcall('XCLAIM', unpack(words))
 end
 """
 
@@ -110,66 +128,70 @@ local gone = lost()
 if #gone > 0 then return {1, gone} end
 
 local function keep_records()
-  local records, known, ids, seen = plan.records, {}, {}, {}
-  for at, record in ipairs(records) do ids[at] = record[2] end
-  for _, key in ipairs({KEYS[plan.ids], KEYS[plan.ids + 1]}) do
+  local ids, known, seen = plan.ids, {}, {}
+  for _, key in ipairs({KEYS[plan.memory], KEYS[plan.memory + 1]}) do
     in_parts(ids, function(first, last)
       for at, found in ipairs(call('SMISMEMBER', key, unpack(ids, first, last))) do
         if found == 1 then seen[ids[first + at - 1]] = true end
       end
     end)
   end
-  local fresh = {}
+  -- Only what is kept is known: an id without its event would be an event lost
+  local new = {}
+  local function remember()
+    in_parts(new, function(first, last)
+      call('SADD', KEYS[plan.memory], unpack(new, first, last))
+    end)
+  end
+  -- One order over streams; never behind what was given out, whatever the clock does
+  local ms, seq, now = 0, -1, now_ms()
+  local last = call('GET', KEYS[plan.clock])
+  if last then
+    ms, seq = string.match(last, '^(%d+)-(%d+)$')
+    ms, seq = tonumber(ms), tonumber(seq)
+  end
+  if now > ms and not plan.ms then ms, seq = now, -1 end
+  local prefix, begin = text(ms) .. '-', 1
   for at, id in ipairs(ids) do
+    local ends = begin + plan.lengths[at]
     if seen[id] then
       known[#known + 1] = at - 1
     else
       seen[id] = true
-      fresh[#fresh + 1] = records[at]
-    end
-  end
-  if #fresh == 0 then return known end
-  local new = {}
-  for at, record in ipairs(fresh) do new[at] = record[2] end
-  in_parts(new, function(first, last) call('SADD', KEYS[plan.ids], unpack(new, first, last)) end)
-  if plan.clock then
-    -- One order over all streams; never behind what was given out, whatever the clock does
-    local ms, seq, now = 0, -1, now_ms()
-    local last = call('GET', KEYS[plan.clock])
-    if last then
-      ms, seq = string.match(last, '^(%d+)-(%d+)$')
-      ms, seq = tonumber(ms), tonumber(seq)
-    end
-    if now > ms then ms, seq = now, -1 end
-    local prefix = text(ms) .. '-'
-    for _, record in ipairs(fresh) do
       seq = seq + 1
-      local key = KEYS[record[1]]
-      local added = pcall('XADD', key, prefix .. seq, 'id', record[2], 'event', ARGV[record[3]])
+      local proposed = plan.seqs and plan.seqs[at]
+      if proposed and (plan.ms > ms or (plan.ms == ms and proposed > seq)) then
+        ms, seq, prefix = plan.ms, proposed, text(plan.ms) .. '-'
+      end
+      local key, frame = KEYS[plan.streams[at]], string.sub(ARGV[2], begin, ends - 1)
+      local added = pcall('XADD', key, prefix .. seq, 'id', id, 'event', frame)
       if type(added) == 'table' and added.err then
-        if not string.find(added.err, 'equal or smaller', 1, true) then error(added.err) end
+        if not string.find(added.err, 'equal or smaller', 1, true) then
+          remember()
+          error(added.err)
+        end
         -- A stranger has added here in this very millisecond
         local top = map(call('XINFO', 'STREAM', key))['last-generated-id']
         ms, seq = string.match(top, '^(%d+)-(%d+)$')
-        prefix, seq = ms .. '-', tonumber(seq) + 1
-        call('XADD', key, prefix .. seq, 'id', record[2], 'event', ARGV[record[3]])
+        prefix, ms, seq = ms .. '-', tonumber(ms), tonumber(seq) + 1
+        call('XADD', key, prefix .. seq, 'id', id, 'event', frame)
       end
+      new[#new + 1] = id
     end
-    call('SET', KEYS[plan.clock], prefix .. seq)
-  else
-    for _, record in ipairs(fresh) do
-      call('XADD', KEYS[record[1]], '*', 'id', record[2], 'event', ARGV[record[3]])
-    end
+    begin = ends
   end
+  if #new == 0 then return known end
+  remember()
+  call('SET', KEYS[plan.clock], prefix .. seq)
   -- Two generations of ids: the older one is forgotten when the newer one is full
-  if call('SCARD', KEYS[plan.ids]) >= plan.remember then
-    call('UNLINK', KEYS[plan.ids + 1])
-    call('RENAME', KEYS[plan.ids], KEYS[plan.ids + 1])
+  if call('SCARD', KEYS[plan.memory]) >= plan.remember then
+    call('UNLINK', KEYS[plan.memory + 1])
+    call('RENAME', KEYS[plan.memory], KEYS[plan.memory + 1])
   end
   return known
 end
 
-local known = plan.records and keep_records() or {}
+local known = plan.ids and keep_records() or {}
 if plan.topics then call('SADD', KEYS[plan.topics], unpack(plan.names)) end
 for _, letter in ipairs(plan.letters or {}) do
   local number = call('INCR', KEYS[plan.dead + 2])
@@ -186,17 +208,26 @@ end
 for _, mark in ipairs(plan.unmarks or {}) do
   call('HDEL', KEYS[mark[1]] .. ':done:' .. plan.group, mark[2])
 end
+-- What is overtaken by younger ones goes on the pending list, before the younger ones are settled
+for _, pins in ipairs(plan.pins or {}) do
+  local done = claim(KEYS[pins[1]], pins[2], 'FORCE', 'JUSTID', 'RETRYCOUNT', 1)
+  if is_missing(done) then return {1, {pins[1]}} end
+  if done.err then return done end
+end
 for _, acks in ipairs(plan.acks or {}) do
-  in_parts(acks[2], function(first, last)
-    call('XACK', KEYS[acks[1]], plan.group, unpack(acks[2], first, last))
-  end)
+  call('XACK', KEYS[acks[1]], plan.group, unpack(acks[2]))
+end
+for _, each in ipairs(plan.settled or {}) do
+  local moved = move(KEYS[each[1]], plan.group .. ':settled', each[2], each[3])
+  if is_missing(moved) then return {1, {each[1]}} end
+  if moved.err then return moved end
 end
 wake()
-return {0, known}
+return {0, known, plan.ms and text(now_ms()), plan.ms and call('GET', KEYS[plan.clock])}
 """,
 )
 
-#: Make a group of each stream, at its end or its beginning.
+#: Make the groups of each stream, at its end or its beginning.
 DECLARE = Script(
     "declare",
     _HEAD
@@ -206,8 +237,10 @@ for _, key in ipairs(KEYS) do
   if plan.start == 'now' and call('EXISTS', key) == 1 then
     read, place = map(call('XINFO', 'STREAM', key))['entries-added'], '$'
   end
-  local made = pcall('XGROUP', 'CREATE', key, plan.group, place, 'MKSTREAM', 'ENTRIESREAD', read)
-  if made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
+  for _, group in ipairs({plan.group, plan.group .. ':settled'}) do
+    local made = pcall('XGROUP', 'CREATE', key, group, place, 'MKSTREAM', 'ENTRIESREAD', read)
+    if made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
+  end
 end
 """,
 )
@@ -336,16 +369,34 @@ for at, key in ipairs(KEYS) do
   if before and tonumber(before) > tonumber(token) then
     taken[at] = {1}
   else
-    local healed, group = 0, group_of(key)
-    if not group then
-      call('XGROUP', 'CREATE', key, plan.group, '0', 'MKSTREAM', 'ENTRIESREAD', 0)
-      healed, group = 1, group_of(key)
+    local healed, handed, settled = 0, groups_of(key)
+    if not handed or not settled then
+      for _, group in ipairs({plan.group, plan.group .. ':settled'}) do
+        pcall('XGROUP', 'CREATE', key, group, '0', 'MKSTREAM', 'ENTRIESREAD', 0)
+        call('XGROUP', 'SETID', key, group, '0', 'ENTRIESREAD', 0)
+      end
+      healed, handed, settled = 1, groups_of(key)
     end
     call('HSET', key .. ':owners', plan.group, token)
-    local pending = {}
+    local pending, listed = {}, {}
     for _, each in ipairs(call('XPENDING', key, plan.group, '-', '+', 10000)) do
       pending[#pending + 1] = {each[1], each[4]}
+      listed[each[1]] = true
     end
+    -- Between the two: what the owner before had in hand, and nobody gave back
+    local last, from = handed['last-delivered-id'], settled['last-delivered-id']
+    while from ~= last do
+      local page = call('XRANGE', key, '(' .. from, last, 'COUNT', 50)
+      for _, entry in ipairs(page) do
+        if not listed[entry[1]] then
+          claim(key, {entry[1]}, 'FORCE', 'JUSTID', 'RETRYCOUNT', 1)
+          pending[#pending + 1] = {entry[1], 1}
+        end
+      end
+      from = #page == 50 and page[50][1] or last
+    end
+    local read = tonumber(handed['entries-read'] or -1)
+    move(key, plan.group .. ':settled', last, read)
     for _, each in ipairs(call('XINFO', 'CONSUMERS', key, plan.group)) do
       local other = map(each)
       if other.pending == 0 and other.name ~= plan.consumer then
@@ -353,7 +404,7 @@ for at, key in ipairs(KEYS) do
       end
     end
     taken[at] = {
-      0, group['last-delivered-id'], group['entries-read'] or -1, pending,
+      0, last, read, pending,
       call('HKEYS', key .. ':done:' .. plan.group), healed,
       map(call('XINFO', 'STREAM', key))['last-generated-id'],
     }
@@ -363,7 +414,7 @@ return taken
 """,
 )
 
-#: Hand events out: the pending list says so before anybody gets them.
+#: Hand events out: the stream says so before anybody gets them.
 MARK = Script(
     "mark",
     _HEAD
@@ -372,42 +423,19 @@ MARK = Script(
 if plan.numbers and has_changed(plan.numbers, plan.numbers + 1) then return {2} end
 local gone = lost()
 if #gone > 0 then return {1, gone} end
-local missing, claimed = {}, {}
-local function claim(key, ids, ...)
-  local words = {key, plan.group, plan.consumer, 0}
-  for _, id in ipairs(ids) do words[#words + 1] = id end
-  for _, word in ipairs({...}) do words[#words + 1] = word end
-  return pcall('XCLAIM', unpack(words))
-end
+local claimed = {}
 for _, hand in ipairs(plan.hands or {}) do
-  local key, ids, read = KEYS[hand[1]], hand[2], hand[3]
-  local done = claim(key, ids, 'FORCE', 'JUSTID', 'RETRYCOUNT', 1)
-  if done.err then
-    if string.find(done.err, 'NOGROUP', 1, true) then return {3, hand[1]} end
-    return done
-  end
-  if #done < #ids then
-    local there = {}
-    for _, id in ipairs(done) do there[id] = true end
-    for _, id in ipairs(ids) do
-      if not there[id] then missing[#missing + 1] = {hand[1], id} end
-    end
-  end
-  if read < 0 then
-    call('XGROUP', 'SETID', key, plan.group, ids[#ids])
-  else
-    call('XGROUP', 'SETID', key, plan.group, ids[#ids], 'ENTRIESREAD', read)
-  end
+  local moved = move(KEYS[hand[1]], plan.group, hand[2], hand[3])
+  if is_missing(moved) then return {3, hand[1]} end
+  if moved.err then return moved end
 end
 for at, each in ipairs(plan.claims or {}) do
   local found = claim(KEYS[each[1]], {each[2]}, 'RETRYCOUNT', each[3])
-  if found.err then
-    if string.find(found.err, 'NOGROUP', 1, true) then return {3, each[1]} end
-    return found
-  end
+  if is_missing(found) then return {3, each[1]} end
+  if found.err then return found end
   claimed[at] = found
 end
-return {0, missing, claimed}
+return {0, claimed}
 """,
 )
 
@@ -420,7 +448,7 @@ for _, each in ipairs(plan.streams) do
   local key = KEYS[each[1]]
   if call('HGET', key .. ':owners', plan.group) == each[2] then
     for _, back in ipairs(each[3]) do
-      pcall('XCLAIM', key, plan.group, plan.consumer, 0, back[1], 'JUSTID', 'RETRYCOUNT', back[2])
+      claim(key, {back[1]}, 'FORCE', 'JUSTID', 'RETRYCOUNT', back[2])
     end
     if plan.unfence then call('HDEL', key .. ':owners', plan.group) end
   end
@@ -436,21 +464,24 @@ COUNT = Script(
     + """
 local found = {}
 for at, key in ipairs(KEYS) do
-  local group = group_of(key)
-  if group then
-    local next = call('XRANGE', key, '(' .. group['last-delivered-id'], '+', 'COUNT', 1)
-    local count, oldest = group.pending, next[1] and next[1][1] or ''
-    if group.pending > 0 then oldest = call('XPENDING', key, plan.group)[2] end
-    if group.lag then
-      count = count + group.lag
-    elseif next[1] then
+  local handed, settled = groups_of(key)
+  if handed and settled then
+    local from = settled['last-delivered-id']
+    local next = call('XRANGE', key, '(' .. from, '+', 'COUNT', 1)
+    local count, oldest = 0, next[1] and next[1][1] or ''
+    if handed.pending > 0 then
+      oldest = call('XPENDING', key, plan.group)[2]
+      -- Others on the list were given back, and lie behind the place of the settled ones
+      count = #call('XPENDING', key, plan.group, '-', from, 10000)
+    end
+    if settled.lag then
+      count = count + settled.lag
+    else
       -- Redis has lost count, because somebody has deleted entries by hand
-      local from = '(' .. group['last-delivered-id']
       repeat
-        local page = call('XRANGE', key, from, '+', 'COUNT', 1000)
-        count = count + #page
-        from = page[#page] and '(' .. page[#page][1]
-      until #page < 1000
+        local page = call('XRANGE', key, '(' .. from, '+', 'COUNT', 500)
+        count, from = count + #page, page[#page] and page[#page][1]
+      until #page < 500
     end
     found[at] = {count, oldest}
   else

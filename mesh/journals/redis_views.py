@@ -54,9 +54,8 @@ class Views:
 
     async def _view(self, group: str, topic: str) -> GroupView:
         streams = [self._keys.stream(topic, partition) for partition in range(PARTITIONS)]
-        parts = [[key] for key in streams] if self._store.place.cluster else [streams]
         replies = await asyncio.gather(
-            *(self._store.run(COUNT, part, {"group": group}) for part in parts)
+            *(self._store.run(COUNT, part, {"group": group}) for part in self._keys.parts(streams))
         )
         counts = [found for _, counted in replies for found in counted]
         now_ms = max(int(now) for now, _ in replies)

@@ -6,15 +6,19 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from mesh.deadletters import encode_letter
-from mesh.journals.redis_consumers import name_of
+from mesh.errors import BrokerUnavailableError
+from mesh.journal import PARTITIONS
+from mesh.journals.redis_clock import ClusterClock
+from mesh.journals.redis_entries import spot_of
 from mesh.journals.redis_scripts import COMMIT
+from mesh.journals.redis_steps import Settlement
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 
     from mesh.deadletters import DeadLetter
     from mesh.journal import Record, Step
-    from mesh.journals.redis_consumers import Consumer, Lane, Name
+    from mesh.journals.redis_consumers import Consumer, Lane
     from mesh.journals.redis_keys import Keys
     from mesh.journals.redis_store import Store
 
@@ -23,12 +27,13 @@ _RECORD_BYTES = 200
 
 
 class _Changes:
-    """What one call changes in Redis, with the keys it needs."""
+    """What one call changes in Redis, with the keys and bytes it needs."""
 
     def __init__(self) -> None:
         self.keys: list[bytes] = []
         self.plan: dict[str, Any] = {}
-        self.blobs: list[bytes] = []
+        #: The first of them are all frames in a row.
+        self.blobs: list[bytes] = [b""]
         self._numbers: dict[bytes, int] = {}
 
     def number(self, *keys: bytes) -> int:
@@ -45,60 +50,6 @@ class _Changes:
         return len(self.blobs) + 1
 
 
-class _Settlement:
-    """The steps of one commit that are not refused, put together."""
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-        self.names: list[Name] = []
-        self.acks: dict[Lane, list[str]] = {}
-        self.marks: list[tuple[Lane, str]] = []
-        self.unmarks: list[tuple[Lane, str]] = []
-        self.records: list[Record] = []
-        self.letters: list[DeadLetter] = []
-        self.state: dict[str, bytes | None] = {}
-        #: The streams that must still be the consumer's.
-        self.lanes: set[Lane] = set()
-
-    def add(self, me: Consumer | None, step: Step) -> bool:
-        """Take a step in; False when it settles what the consumer does not hold."""
-        if me is not None and (step.acks or step.done):
-            names = [name_of(each) for each in step.acks]
-            marks = [(name_of(each), handler) for each, handler in step.done]
-            held = me.held
-            if any(name not in held for name in names) or len(set(names)) < len(names):
-                return False
-            if any(name not in held for name, _ in marks):
-                return False
-            for (topic, partition, position), handler in marks:
-                lane = me.lanes[topic, partition]
-                lane.done.setdefault(position, set()).add(handler)
-                self.marks.append((lane, f"{position} {handler}"))
-                self.lanes.add(lane)
-            for name in names:
-                self._ack(me, name)
-        elif step.acks or step.done:
-            return False
-        self.steps.append(step)
-        self.records += step.records
-        self.letters += step.dead
-        self.state |= step.state
-        return True
-
-    def _ack(self, me: Consumer, name: Name) -> None:
-        me.settling[name] = me.held.pop(name)
-        self.names.append(name)
-        topic, partition, position = name
-        lane = me.lanes[topic, partition]
-        self.lanes.add(lane)
-        acks = self.acks.get(lane)
-        if acks is None:
-            acks = self.acks[lane] = []
-        acks.append(position)
-        if position in lane.done:
-            self.unmarks += [(lane, f"{position} {each}") for each in lane.done.pop(position)]
-
-
 class Writer:
     """
     Writes for all callers of one journal.
@@ -107,18 +58,26 @@ class Writer:
         store: Where to.
         keys: Names of keys.
         remembered_ids: How many ids are remembered at least.
+        spawn: Starts what goes on when its caller is cancelled.
     """
 
-    def __init__(self, store: Store, keys: Keys, remembered_ids: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        remembered_ids: int,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
         """Write nothing yet."""
         self._store = store
         self._keys = keys
         self._remembered_ids = remembered_ids
+        self._spawn = spawn
+        self.clock = ClusterClock()
 
     async def append(self, records: Sequence[Record]) -> int:
         """Keep events; gives how many were new."""
-        weight = sum(len(record.frame) for record in records) + _RECORD_BYTES * len(records)
-        async with self._store.room(weight):
+        async with self._store.room(_weight(records)):
             return await self._keep(records)
 
     async def bury(self, letters: Sequence[DeadLetter]) -> None:
@@ -128,77 +87,115 @@ class Writer:
         await self._run(changes)
 
     async def commit(self, group: str, me: Consumer | None, steps: Sequence[Step]) -> list[Step]:
-        """Apply steps; gives the refused."""
-        refused: list[int] = []
-        todo = list(enumerate(steps))
-        while todo:
-            settlement = _Settlement()
-            taken = []
-            for number, step in todo:
-                if settlement.add(me, step):
-                    taken.append((number, step))
-                else:
-                    refused.append(number)
+        """Apply steps; gives the refused. What comes while a commit is on its way goes together."""
+        async with self._store.room(sum(_weight(step.records) for step in steps)):
+            if me is None:
+                refused = await self._apply(group, None, steps)
+            else:
+                outcome: asyncio.Future[set[int]] = asyncio.get_running_loop().create_future()
+                me.commits.append((steps, outcome))
+                if not me.committing:
+                    me.committing = True
+                    self._spawn(self._commit_all(me))
+                refused = await asyncio.shield(outcome)
+        return [steps[number] for number in sorted(refused)]
+
+    async def _commit_all(self, me: Consumer) -> None:
+        """Apply what callers bring, one transaction after another, so that none overtakes."""
+        try:
+            while me.commits:
+                batch, me.commits = me.commits, []
+                await self._commit_together(me, batch)
+        finally:
+            me.committing = False
+            for _, outcome in me.commits:
+                outcome.cancel()
+
+    async def _commit_together(
+        self, me: Consumer, batch: list[tuple[Sequence[Step], asyncio.Future[set[int]]]]
+    ) -> None:
+        try:
+            refused = await self._apply(
+                me.group, me, [step for steps, _ in batch for step in steps]
+            )
+        except Exception as error:  # noqa: BLE001 - carried to whoever awaits the commit
+            if len(batch) > 1 and not isinstance(error, BrokerUnavailableError):
+                # A mistake of one caller does not harm the others
+                for one in batch:
+                    await self._commit_together(me, [one])
+                return
+            for _, outcome in batch:
+                if not outcome.done():
+                    outcome.set_exception(error)
+                    outcome.exception()  # whoever awaited it may have been cancelled
+            return
+        first = 0
+        for steps, outcome in batch:
+            mine = {at - first for at in refused if first <= at < first + len(steps)}
+            first += len(steps)
+            if not outcome.done():
+                outcome.set_result(mine)
+
+    async def _apply(self, group: str, me: Consumer | None, steps: Sequence[Step]) -> set[int]:
+        """Apply steps; gives the numbers of the refused."""
+        refused: set[int] = set()
+        while True:
+            settlement = Settlement(me)
+            for number, step in enumerate(steps):
+                if number not in refused and not settlement.add(step):
+                    refused.add(number)
             try:
                 lost = await self._settle(group, settlement)
             except BaseException:
-                if me is not None:
-                    me.not_settled(settlement.names)
+                settlement.undo()
                 raise
             if not lost or me is None:
-                if me is not None:
-                    me.settled(settlement.names)
-                break
+                settlement.settle()
+                return refused
             # Others' by now: what touches them is refused, the rest is tried again
-            me.not_settled(settlement.names)
+            settlement.undo()
             me.drop(lost)
             me.stale = True
-            todo = taken
-        return [steps[number] for number in sorted(refused)]
 
     # -- on one server: one script -------------------------------------------------------------
 
-    async def _settle(self, group: str, settlement: _Settlement) -> list[Lane]:
-        weight = sum(len(record.frame) + _RECORD_BYTES for record in settlement.records)
-        async with self._store.room(weight):
-            if self._store.place.cluster:
-                return await self._settle_in_parts(group, settlement)
-            changes = _Changes()
-            self._plan_fences(changes, group, settlement.lanes)
-            self._plan_records(changes, settlement.records)
-            self._plan_letters(changes, settlement.letters)
-            self._plan_state(changes, group, settlement.state)
-            self._plan_acks(changes, settlement, settlement.lanes)
-            if not changes.keys:
-                return []
-            status, found = await self._run(changes)
-            if status == 0:
-                return []
-            by_key = {lane.key: lane for lane in settlement.lanes}
-            return [by_key[changes.keys[number - 1]] for number in found]
+    async def _settle(self, group: str, settlement: Settlement) -> list[Lane]:
+        if self._keys.cluster:
+            return await self._settle_in_parts(group, settlement)
+        changes = _Changes()
+        self._plan_lanes(changes, group, settlement, settlement.lanes)
+        self._plan_records(changes, settlement.records)
+        self._plan_letters(changes, settlement.letters)
+        self._plan_state(changes, group, settlement.state)
+        return _lost(changes, await self._run(changes), settlement.lanes)
 
     async def _keep(self, records: Sequence[Record]) -> int:
-        """Keep events, those of each part in one call."""
-        parts: dict[Any, list[Record]] = {None: list(records)}
-        if self._store.place.cluster:
-            parts = {}
-            for record in records:
-                parts.setdefault((record.topic, record.partition), []).append(record)
-        calls = []
+        """Keep events; on a cluster those of each partition in a call of their own."""
+        if not self._keys.cluster:
+            changes = _Changes()
+            self._plan_records(changes, records)
+            return len(records) - len((await self._run(changes))[1])
+        parts: dict[int, list[tuple[int, Record]]] = {}
+        ms, first = self.clock.take(len(records))
+        for seq, record in enumerate(records, first):
+            parts.setdefault(record.partition, []).append((seq, record))
+        topics = self._keys.topics
+        calls = [self._store.call(topics, "SADD", topics, *{record.topic for record in records})]
         for part in parts.values():
             changes = _Changes()
-            self._plan_records(changes, part)
+            self._plan_records(changes, [record for _, record in part])
+            changes.plan |= {"ms": ms, "seqs": [seq for seq, _ in part]}
             calls.append(self._run(changes))
-        if self._store.place.cluster and records:
-            topics = self._keys.topics
-            names = sorted({record.topic for record in records})
-            calls.append(self._store.call(topics, "SADD", topics, *names))
-        replies = await asyncio.gather(*calls)
-        return len(records) - sum(len(reply[1]) for reply in replies[: len(parts)])
+        known = 0
+        for _, found, now_ms, last in (await asyncio.gather(*calls))[1:]:
+            known += len(found)
+            self.clock.tell(int(now_ms))
+            self.clock.observe(spot_of(last))
+        return len(records) - known
 
     # -- on a cluster: outputs first, acks last ------------------------------------------------
 
-    async def _settle_in_parts(self, group: str, settlement: _Settlement) -> list[Lane]:
+    async def _settle_in_parts(self, group: str, settlement: Settlement) -> list[Lane]:
         lost = await self._on_lanes(group, settlement, fences_only=True)
         if lost:
             return lost
@@ -213,18 +210,20 @@ class Writer:
         return await self._on_lanes(group, settlement, fences_only=False)
 
     async def _on_lanes(
-        self, group: str, settlement: _Settlement, *, fences_only: bool
+        self, group: str, settlement: Settlement, *, fences_only: bool
     ) -> list[Lane]:
-        lanes = list(settlement.lanes)
-        calls = []
-        for lane in lanes:
+        by_key = {lane.key: lane for lane in settlement.lanes}
+        calls, all_changes = [], []
+        for part in self._keys.parts(by_key):
             changes = _Changes()
-            self._plan_fences(changes, group, [lane])
-            if not fences_only:
-                self._plan_acks(changes, settlement, [lane])
+            lanes = [by_key[key] for key in part]
+            self._plan_lanes(changes, group, settlement, lanes, fences_only=fences_only)
+            all_changes.append(changes)
             calls.append(self._run(changes))
-        replies = await asyncio.gather(*calls)
-        return [lane for lane, reply in zip(lanes, replies, strict=True) if reply[0] != 0]
+        lost: list[Lane] = []
+        for changes, reply in zip(all_changes, await asyncio.gather(*calls), strict=True):
+            lost += _lost(changes, reply, settlement.lanes)
+        return lost
 
     # -- plans ---------------------------------------------------------------------------------
 
@@ -236,30 +235,31 @@ class Writer:
     def _plan_records(self, changes: _Changes, records: Sequence[Record]) -> None:
         if not records:
             return
-        stream, number, blob = self._keys.stream, changes.number, changes.blob
-        wakes = set()
+        stream, partition_of = self._keys.stream, self._keys.partition_of
         places: dict[tuple[str, int], int] = {}
-        planned = []
+        streams = []
         for record in records:
-            place = record.topic, record.partition
+            place = record.topic, partition_of(record)
             at = places.get(place)
             if at is None:
-                at = places[place] = number(stream(*place))
-                wakes.add(self._keys.channel(*place).decode())
-            planned.append((at, record.id, blob(record.frame)))
-        plan = changes.plan
-        plan["records"], plan["wakes"] = planned, sorted(wakes)
-        cluster = self._store.place.cluster
-        plan["verb"] = "SPUBLISH" if cluster else "PUBLISH"
-        plan["ids"] = number(*self._keys.ids(stream(*next(iter(places)))))
-        plan["remember"] = self._remembered_ids
-        if clock := self._keys.clock():
-            plan["clock"] = number(clock)
-        if not cluster:
-            plan["topics"], plan["names"] = (
-                number(self._keys.topics),
-                sorted({topic for topic, _ in places}),
-            )
+                at = places[place] = changes.number(stream(*place))
+            streams.append(at)
+        frames = [record.frame for record in records]
+        changes.blobs[0] = b"".join(frames)
+        partition = next(iter(places))[1]
+        changes.plan |= {
+            "ids": [record.id for record in records],
+            "streams": streams,
+            "lengths": list(map(len, frames)),
+            "memory": changes.number(*self._keys.memory(partition)),
+            "remember": self._remembered_ids // (PARTITIONS if self._keys.cluster else 1),
+            "clock": changes.number(self._keys.clock(partition)),
+            "verb": "SPUBLISH" if self._keys.cluster else "PUBLISH",
+            "wakes": sorted({self._keys.channel(*place).decode() for place in places}),
+        }
+        if not self._keys.cluster:
+            changes.plan["topics"] = changes.number(self._keys.topics)
+            changes.plan["names"] = sorted({topic for topic, _ in places})
 
     def _plan_letters(self, changes: _Changes, letters: Iterable[DeadLetter]) -> None:
         planned = [
@@ -279,18 +279,46 @@ class Writer:
         if state:
             changes.plan["state"] = changes.number(self._keys.state(group))
 
-    def _plan_fences(self, changes: _Changes, group: str, lanes: Iterable[Lane]) -> None:
+    def _plan_lanes(
+        self,
+        changes: _Changes,
+        group: str,
+        settlement: Settlement,
+        lanes: Collection[Lane],
+        *,
+        fences_only: bool = False,
+    ) -> None:
+        if not lanes:
+            return
+        plan: dict[str, list[tuple[Any, ...]]] = {
+            name: [] for name in ("fences", "pins", "acks", "settled", "marks", "unmarks")
+        }
+        for lane in lanes:
+            steps, at = settlement.lanes[lane], changes.number(lane.key)
+            plan["fences"].append((at, lane.token))
+            if fences_only:
+                continue
+            if pins := settlement.pins(lane):
+                plan["pins"].append((at, pins))
+            if steps.acks:
+                plan["acks"].append((at, steps.acks))
+            if steps.reached is not None:
+                plan["settled"].append((at, steps.reached[2], steps.reached[1]))
+            plan["marks"] += [(at, mark) for mark in steps.marks]
+            plan["unmarks"] += [(at, mark) for mark in steps.unmarks]
+        changes.plan |= {name: planned for name, planned in plan.items() if planned}
         changes.plan["group"] = group
-        fences = [(changes.number(lane.key), lane.token) for lane in lanes]
-        if fences:
-            changes.plan["fences"] = fences
+        changes.plan["consumer"] = settlement.consumer
 
-    def _plan_acks(self, changes: _Changes, settlement: _Settlement, lanes: Iterable[Lane]) -> None:
-        mine = set(lanes)
-        number, plan = changes.number, changes.plan
-        acks = [(number(lane.key), ids) for lane, ids in settlement.acks.items() if lane in mine]
-        marks = [(number(lane.key), mark) for lane, mark in settlement.marks if lane in mine]
-        unmarks = [(number(lane.key), mark) for lane, mark in settlement.unmarks if lane in mine]
-        for name, planned in (("acks", acks), ("marks", marks), ("unmarks", unmarks)):
-            if planned:
-                plan[name] = planned
+
+def _lost(changes: _Changes, reply: Any, lanes: Iterable[Lane]) -> list[Lane]:
+    """Give the streams that are another's, as a script has found."""
+    status, found, *_ = reply
+    if status == 0:
+        return []
+    by_key = {lane.key: lane for lane in lanes}
+    return [by_key[changes.keys[number - 1]] for number in found]
+
+
+def _weight(records: Sequence[Record]) -> int:
+    return sum(len(record.frame) for record in records) + _RECORD_BYTES * len(records)

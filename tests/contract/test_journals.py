@@ -40,13 +40,24 @@ if TYPE_CHECKING:
     from mesh.journal import Delivery, Journal
 
 
-@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.redis)])
+FABRICS = [
+    "memory",
+    "sqlite",
+    pytest.param("redis", marks=pytest.mark.redis),
+    pytest.param("redis cluster", marks=[pytest.mark.redis, pytest.mark.redis_cluster]),
+]
+
+
+@pytest.fixture(params=FABRICS)
 async def fabric(request: pytest.FixtureRequest, rundir: Path) -> AsyncIterator[JournalFabric]:
     made: JournalFabric
     if request.param == "memory":
         made = MemoryFabric()
     elif request.param == "sqlite":
         made = SQLiteFabric(rundir / "journal.db")
+    elif request.param == "redis cluster":
+        port = request.getfixturevalue("redis_cluster").ports[0]
+        made = RedisFabric(host="127.0.0.1", port=port, cluster=True)
     else:
         made = RedisFabric(url=request.getfixturevalue("redis_url"))
     yield made

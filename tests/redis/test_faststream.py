@@ -53,7 +53,7 @@ async def test_faststream_hears_live_events(redis_url: str, speaker: EventPublis
 async def test_faststream_reads_durable_events(redis_url: str, speaker: EventPublisher) -> None:
     heard: list[dict[str, Any]] = []
     stranger = RedisBroker(redis_url)
-    stream = f"legion:default:durable:{{{KEPT}:{partition_of('k')}}}"
+    stream = f"legion:{{default:{partition_of('k')}}}:durable:{KEPT}"
 
     @stranger.subscriber(stream=StreamSub(stream, last_id="0"))
     async def hear(fields: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ async def test_an_event_added_to_a_stream_from_outside_is_handled(
         "specversion": "1.0", "id": "from-outside", "source": "stranger", "type": KEPT,
         "data": {"number": 7}, "partitionkey": "k",
     }  # fmt: skip
-    stream = f"legion:default:durable:{{{KEPT}:{partition_of('k')}}}"
+    stream = f"legion:{{default:{partition_of('k')}}}:durable:{KEPT}"
     async with RedisMessageBroker(url=redis_url) as broker:
         numbers: list[int] = []
 
