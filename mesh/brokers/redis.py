@@ -123,9 +123,10 @@ class RedisMessageBroker(MessageBroker):
         }
         self._place = place_of(**where, mesh=mesh)
         name = journal or journal_name()
+        self._journal_mesh = mesh if name == DEFAULT_JOURNAL else f"{mesh}.{name}"
         options = {
             **where,
-            "mesh": mesh if name == DEFAULT_JOURNAL else f"{mesh}.{name}",
+            "mesh": self._journal_mesh,
             "connect_timeout_s": connect_timeout_s,
             "silent_s": silent_s,
             "allow_volatile": allow_volatile,
@@ -278,16 +279,17 @@ class RedisMessageBroker(MessageBroker):
 
     async def awaits_replay(self, group: str) -> bool:
         """Ask Redis whether the group was ever told to hear replays."""
-        key = Keys(self._journal_options["mesh"], cluster=self._cluster).topics_of(group)
+        key = Keys(self._journal_mesh, cluster=self._cluster).topics_of(group)
         node = self._joined().owner(key)
         if node is None:
-            return False
+            return True
         try:
             connection = await node.publisher.wait_up()
             return bool(await connection.call("SISMEMBER", key, replay_topic(group)))
         except (ConnectionError, ReplyError) as error:
+            # In doubt the journal is opened to see; not where we have no right to
             _log.warning("%s cannot ask for replayed dead letters: %s", group, error)
-            return False
+            return not str(error).startswith("NOPERM")
 
     def try_send(self, topic: str, frame: bytes) -> bool:
         """

@@ -47,7 +47,14 @@ class Priced(msgspec.Struct):
 PRICED = event_type("stall.priced", durable=True, schema=Priced)
 
 
-@pytest.fixture(params=["memory", "zmq", pytest.param("redis", marks=pytest.mark.redis)])
+@pytest.fixture(
+    params=[
+        "memory",
+        "zmq",
+        pytest.param("redis", marks=pytest.mark.redis),
+        pytest.param("redis cluster", marks=[pytest.mark.redis, pytest.mark.redis_cluster]),
+    ]
+)
 async def broker(
     request: pytest.FixtureRequest, own_mesh_dir: Path
 ) -> AsyncIterator[MessageBroker]:
@@ -58,6 +65,11 @@ async def broker(
     if request.param == "redis":
         async with RedisMessageBroker(url=request.getfixturevalue("redis_url")) as remote:
             yield remote
+        return
+    if request.param == "redis cluster":
+        port = request.getfixturevalue("redis_cluster").ports[0]
+        async with RedisMessageBroker(port=port, cluster=True) as spread:
+            yield spread
         return
     async with ZeroMQMessageBroker(own_mesh_dir) as connected:
         yield connected
