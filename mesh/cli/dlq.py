@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound="Callable[..., Any]")
 
 _SHOWN = 50
+#: A replay that takes longer says so.
+_LONG_S = 5.0
 _limit_option = click.option(
     "--limit", metavar="N", type=click.IntRange(min=1), help="At most so many, the oldest."
 )
@@ -198,6 +200,8 @@ def replay(
         async with opened_queue(place.rundir, speaking=not dry_run) as queue:
             if queue is None:
                 return ReplayReport(dry_run)
+            if rate and not dry_run:
+                _tell_time(min(limit or math.inf, await queue.count(query)), rate)
             return await queue.replay(
                 query,
                 rate_per_s=rate or math.inf,
@@ -353,6 +357,12 @@ def _end_with_nothing(*, json_form: bool) -> NoReturn:
         say.as_json({"dry_run": False, "purged": 0})
     say.note("there is no such dead letter; `mesh dlq ls` shows what there is")
     sys.exit(EXIT_WRONG)
+
+
+def _tell_time(count: float, rate: float) -> None:
+    if count > rate * _LONG_S:
+        took = say.duration(count / rate)
+        say.note(f"{count:.0f} dead letters at {rate:g} a second take {took}; Ctrl-C stops")
 
 
 def _tell_absent(rundir: RunDir, report: ReplayReport) -> None:

@@ -46,12 +46,22 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(params=["live", "durable"])
+@pytest.fixture(
+    params=[
+        "live",
+        "durable",
+        pytest.param("live over redis", marks=pytest.mark.redis),
+        pytest.param("durable over redis", marks=pytest.mark.redis),
+    ]
+)
 def stall(
     request: pytest.FixtureRequest, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Path]:
     """Give a project whose one agent runs, and whose orders travel live or durably."""
-    if request.param == "durable":
+    if "redis" in request.param:
+        monkeypatch.setenv("LEGION_BROKER_TYPE", "redis")
+        monkeypatch.setenv("REDIS_URL", request.getfixturevalue("redis_url"))
+    if "durable" in request.param:
         monkeypatch.setenv("LEGION_DURABLE_EVENTS", "stall.order")
     run_mesh("new", "stall", cwd=project)
     (project / "agents" / "stall.py").write_text(AGENT)
