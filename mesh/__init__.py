@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mesh.config import MessageBusConfig
     from mesh.consumer import ConsumerConfig, EventConsumer
     from mesh.context import HandlerContext
+    from mesh.dead_letter_queue import DeadGroup, DeadLetterQueue, ReplayReport
     from mesh.deadletters import DeadLetter, DeadLetters
     from mesh.errors import (
         AccessDeniedError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         BrokerUnavailableError,
         ClosedError,
         ConfigurationError,
+        DeadLetterError,
         EventTooLargeError,
         FrameError,
         HandlerSignatureError,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from mesh.filters import Filter
     from mesh.handlers import EventHandlerRegistry, HandlerPriority
     from mesh.inprocess import InProcessMesh
+    from mesh.journal import DeadQuery
     from mesh.launch import launch
     from mesh.outcomes import Reject, Retry, Skip
     from mesh.publisher import EventPublisher, PublisherConfig
@@ -69,6 +72,7 @@ _HOMES = {
     "mesh.config": ("MessageBusConfig",),
     "mesh.consumer": ("ConsumerConfig", "EventConsumer"),
     "mesh.context": ("HandlerContext",),
+    "mesh.dead_letter_queue": ("DeadGroup", "DeadLetterQueue", "ReplayReport"),
     "mesh.deadletters": ("DeadLetter", "DeadLetters"),
     "mesh.errors": (
         "AccessDeniedError",
@@ -77,6 +81,7 @@ _HOMES = {
         "BrokerUnavailableError",
         "ClosedError",
         "ConfigurationError",
+        "DeadLetterError",
         "EventTooLargeError",
         "FrameError",
         "HandlerSignatureError",
@@ -99,6 +104,7 @@ _HOMES = {
     "mesh.filters": ("Filter",),
     "mesh.handlers": ("EventHandlerRegistry", "HandlerPriority"),
     "mesh.inprocess": ("InProcessMesh",),
+    "mesh.journal": ("DeadQuery",),
     "mesh.launch": ("launch",),
     "mesh.outcomes": ("Reject", "Retry", "Skip"),
     "mesh.publisher": ("EventPublisher", "PublisherConfig"),
@@ -119,8 +125,12 @@ __all__ = [
     "ClosedError",
     "ConfigurationError",
     "ConsumerConfig",
+    "DeadGroup",
     "DeadLetter",
+    "DeadLetterError",
+    "DeadLetterQueue",
     "DeadLetters",
+    "DeadQuery",
     "Event",
     "EventConsumer",
     "EventHandlerRegistry",
@@ -146,6 +156,7 @@ __all__ = [
     "PublisherConfig",
     "RedisMessageBroker",
     "Reject",
+    "ReplayReport",
     "RequestTimeoutError",
     "Requester",
     "Retry",

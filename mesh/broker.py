@@ -20,7 +20,13 @@ from mesh.clock import SYSTEM_CLOCK
 from mesh.errors import BackpressureError, ClosedError, FrameError, MeshError, NotConnectedError
 from mesh.events import Event
 from mesh.journal import Feature
-from mesh.topics import MAX_TOPIC_LENGTH, PRIVATE_PREFIX, check_topic
+from mesh.topics import (
+    MAX_TOPIC_LENGTH,
+    PRIVATE_PREFIX,
+    REPLAY_PREFIX,
+    check_topic,
+    replay_topic,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -66,6 +72,8 @@ class MessageBroker(ABC):
         self._closed = False
         self._channels: dict[str, list[_Channel]] = {}
         self._journal: Journal | None = None
+        #: Whether readers in other processes need to be woken over the broker.
+        self._wakes_readers = False
         self._opening = asyncio.Lock()
 
     # -- what a member brings ------------------------------------------------------------------
@@ -138,6 +146,11 @@ class MessageBroker(ABC):
             await self._journal.close()
         await self._close()
 
+    @property
+    def has_journal(self) -> bool:
+        """Say whether `open_journal` was asked for already."""
+        return self._journal is not None
+
     async def open_journal(self) -> Journal:
         """
         Give the fabric's journal, which keeps durable events; opened when first asked for.
@@ -155,8 +168,10 @@ class MessageBroker(ABC):
             if self._journal is None:
                 journal = self.make_journal()
                 await journal.connect()
-                if Feature.SHARED in journal.features and Feature.REMOTE not in journal.features:
-                    journal.on_append = self._tell_readers
+                self._wakes_readers = (
+                    Feature.SHARED in journal.features and Feature.REMOTE not in journal.features
+                )
+                journal.on_append = self._tell_readers
                 self._journal = journal
             return self._journal
 
@@ -172,13 +187,36 @@ class MessageBroker(ABC):
     async def wake_on_append(self, topics: Collection[str]) -> None:
         """Let this process's journal look again when another process has appended to a topic."""
         journal = await self.open_journal()
-        if journal.on_append is not None:
+        if self._wakes_readers:
             await self.attach([_wake_topic(topic) for topic in topics], _Waker(journal))
 
+    async def hear_replays(self, group: str, receiver: Receiver) -> None:
+        """
+        Give a receiver a frame, of whatever bytes, when a dead letter of a group is replayed.
+
+        For agents that do not read the journal, and need not before that.
+        """
+        await self.attach([_wake_topic(replay_topic(group))], receiver)
+
+    async def awaits_replay(self, group: str) -> bool:
+        """
+        Say whether dead letters of a group may have been replayed while it did not listen.
+
+        Opens no journal. Once there was a replay the answer may stay yes.
+        """
+        if self._journal is None:
+            return False
+        topic = replay_topic(group)
+        return any(
+            (each.group, each.topic) == (group, topic) for each in await self._journal.groups()
+        )
+
     def _tell_readers(self, topics: Collection[str]) -> None:
-        # A fabric that is away or full loses a wake-up; readers look once a second all the same
-        with contextlib.suppress(MeshError):
-            for topic in topics:
+        for topic in topics:
+            if not self._wakes_readers and not topic.startswith(REPLAY_PREFIX):
+                continue
+            # A fabric that is away or full loses it; readers look once a second all the same
+            with contextlib.suppress(MeshError):
                 self.try_send(_wake_topic(topic), b"!")
 
     async def send(self, topic: str, frame: bytes, timeout_s: float = PUBLISH_TIMEOUT_S) -> None:

@@ -33,6 +33,7 @@ from mesh.ledger import (
     Ledger,
 )
 from mesh.logs import say_once
+from mesh.replay_bell import ReplayBell
 from mesh.slots import Slots
 from mesh.topics import check_topic
 
@@ -92,6 +93,9 @@ class EventConsumer:
         self._routes: dict[str, _Route] = {}
         self._state: dict[str, bytes] = {}
         self._intake: DurableIntake | None = None
+        #: Rings for an intake where nothing else needs one.
+        self._bell: ReplayBell | None = None
+        self._keeps_state = False
         self._slots = Slots(
             config, self.ledger, self.dead_letters, self._state, self._settle, self._resume
         )
@@ -112,7 +116,12 @@ class EventConsumer:
             ConfigurationError: The journal cannot keep what durable types promise.
             BrokerUnavailableError: It does not answer.
         """
-        if self._intake is not None or not (self._durable_topics() or keep_state):
+        if self._durable_topics() or keep_state:
+            self._keeps_state = True
+            await self._open_intake()
+
+    async def _open_intake(self) -> None:
+        if self._intake is not None:
             return
         group = self.config.group or self.agent_name
         intake = DurableIntake(
@@ -158,9 +167,22 @@ class EventConsumer:
             raise
         if self._intake is not None:
             self._intake.start()
+        else:
+            self._bell = ReplayBell(
+                self.broker,
+                self.config.group or self.agent_name,
+                self.config.clock,
+                self._begin_to_replay,
+            )
+            await self._bell.hang()
         if not self.ledger.get("ready_at_us"):
             # The first incarnation's moment stays: what a successor misses meanwhile is a loss
             self.ledger.set("ready_at_us", int(self.config.clock.time_s() * 1e6))
+
+    async def _begin_to_replay(self) -> None:
+        await self._open_intake()
+        if self._intake is not None:
+            self._intake.start()
 
     async def stop(self) -> None:
         """Hear nothing more, let running and waiting handlers finish, end; can be called twice."""
@@ -168,6 +190,8 @@ class EventConsumer:
             return
         self._stopped = True
         await self.broker.detach(self)
+        if self._bell is not None:
+            await self._bell.take_down()
         if self._intake is not None:
             await self._intake.stop_reading()
         try:
@@ -222,7 +246,7 @@ class EventConsumer:
     @property
     def has_state(self) -> bool:
         """Say whether state outlives this process."""
-        return self._intake is not None
+        return self._keeps_state and self._intake is not None
 
     def loose_context(self) -> HandlerContext:
         """
@@ -232,7 +256,7 @@ class EventConsumer:
             ConfigurationError: This agent keeps no state.
         """
         intake = self._intake
-        if intake is None:
+        if intake is None or not self._keeps_state:
             raise ConfigurationError(
                 f"{self.agent_name} keeps no durable state, for it hears no durable type;"
                 " `await self.keep_state()` in its setup"
@@ -341,10 +365,11 @@ class EventConsumer:
         """Take durable events from the journal."""
         route = self._route_of(kept.topic)
         link = self.ledger.link(JOURNAL, kept.topic)
-        if route.handlers:
+        # A replay that nobody handles becomes a dead letter again, instead of being settled
+        if route.handlers or kept.earlier is not None:
             self._slots.put(
                 Arrival(
-                    kept.events, route.handlers, route.lane, link, 0, kept.deliveries, kept.only
+                    kept.events, route.handlers, route.lane, link, 0, kept.deliveries, kept.earlier
                 )
             )
             return

@@ -41,11 +41,23 @@ MAX_FRAME_BYTES = 4096
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
-    """One failed try."""
+    """One failure, or one edit."""
 
     #: Seconds since 1970.
     at_s: float
     error: str
+
+
+class Earlier(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of an event that failed before, when its dead letter is replayed."""
+
+    #: The id of the letter.
+    letter: str
+    #: The one handler that is to run; None: all handlers of the agent.
+    handler: str | None
+    attempts: int
+    first_at_s: float
+    history: tuple[Attempt, ...]
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,8 +84,10 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     event: dict[str, object] | None = None
     #: The CloudEvent, or the first 4 KiB of what came; None when `event` says it all.
     frame: bytes | None = None
-    #: Failed tries that are known one by one, the oldest first.
+    #: Failures before the last one, and edits, the oldest first.
     history: tuple[Attempt, ...] = ()
+    #: What `frame` was before somebody edited the letter.
+    original: bytes | None = None
 
 
 def encode_letter(letter: DeadLetter) -> bytes:
@@ -84,6 +98,27 @@ def encode_letter(letter: DeadLetter) -> bytes:
 def decode_letter(stored: bytes) -> DeadLetter:
     """Give a letter that `encode_letter` wrote."""
     return msgspec.msgpack.decode(stored, type=DeadLetter)
+
+
+def go_on(letter: DeadLetter, earlier: Earlier) -> DeadLetter:
+    """Give the letter of a replay that failed as the next page of the letter that was replayed."""
+    if letter.handler != earlier.handler:
+        return letter
+    return msgspec.structs.replace(
+        letter,
+        id=earlier.letter,
+        attempts=earlier.attempts + letter.attempts,
+        first_at_s=earlier.first_at_s,
+        history=earlier.history,
+    )
+
+
+def _encoded(event: Event) -> bytes | None:
+    """Give the CloudEvent, which holds what `to_dict` turns into text: bytes and moments."""
+    try:
+        return msgspec.msgpack.encode(event)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return None
 
 
 def traceback_hash(error: BaseException) -> str:
@@ -142,6 +177,7 @@ class DeadLetters:
             handler=handler,
             attempts=attempts,
             event=event.to_dict(),
+            frame=_encoded(event),
         )
 
     def frame_letter(self, topic: str, reason: str, error: str, raw: bytes) -> DeadLetter:
@@ -185,6 +221,11 @@ class DeadLetters:
             return
         self._sampled_at[reason] = now
         self.put(self.frame_letter(topic, reason, error, raw))
+
+    async def written(self) -> None:
+        """Return when the letters so far are kept; waits for a journal that is away."""
+        while self._writing is not None and not self._writing.done():
+            await asyncio.wait({self._writing})
 
     async def close(self, limit_s: float = 2.0) -> None:
         """

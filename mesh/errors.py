@@ -12,6 +12,7 @@ Every error the mesh raises, in one tree.
     ├── PayloadError              data that does not fit its schema or cannot travel
     ├── EventTooLargeError        an event over the size limit
     ├── FrameError                bytes from the wire that are no event
+    ├── DeadLetterError           a dead letter that is not there, or cannot be what is asked of it
     ├── NotConnectedError         connect() was not called
     ├── ClosedError               used after close()
     └── BrokerUnavailableError    the fabric does not answer
@@ -99,6 +100,10 @@ class FrameError(MeshError, ValueError):
         """Keep the reason apart from the words."""
         self.reason = reason
         super().__init__(f"{reason}: {detail}")
+
+
+class DeadLetterError(MeshError):
+    """A dead letter that is not there, or that cannot be what is asked of it."""
 
 
 class NotConnectedError(MeshError):

@@ -11,6 +11,7 @@ import enum
 import inspect
 import logging
 import typing
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -386,7 +387,7 @@ def own_copy(event: Event) -> Event:
     ):
         return event
     copied: Event = msgspec.structs.replace(
-        event, data=msgspec.to_builtins(event.data, builtin_types=(bytes,))
+        event, data=msgspec.to_builtins(event.data, builtin_types=(bytes, datetime))
     )
     return copied
 

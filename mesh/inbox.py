@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextvars import Context
 
+    from mesh.deadletters import Earlier
     from mesh.events import Event
     from mesh.handlers import Handler
     from mesh.journal import Delivery
@@ -36,8 +37,8 @@ class Arrival(State, eq=False):
     position: int = 0
     #: What the journal handed out, one for each event; None: they came live.
     deliveries: list[Delivery] | None = None
-    #: Run only this handler.
-    only: str | None = None
+    #: Set when a dead letter is replayed.
+    earlier: Earlier | None = None
 
     def left(self) -> int:
         """Count the events that have not been handled."""

@@ -147,6 +147,7 @@ class InProcessMesh:
             for agent in self.agents.values():
                 await agent.publisher.flush()
                 await agent.consumer.drained()
+                await agent.consumer.dead_letters.written()
             if before == self._said() and not self._unsettled() and not await self._pending():
                 return
             await asyncio.sleep(0)
@@ -176,7 +177,7 @@ class InProcessMesh:
 
     async def _pending(self) -> int:
         """Count what the journal still has for the agents."""
-        if not any(agent.has_state for agent in self.agents.values()):
+        if not self.broker.has_journal:
             return 0
         journal = await self.broker.open_journal()
         return sum(view.pending for view in await journal.groups() if view.group in self.agents)

@@ -20,15 +20,16 @@ from mesh.context import merge_state
 from mesh.errors import BrokerUnavailableError, ClosedError, FrameError, MeshError
 from mesh.journal import LEASE_S, MAX_UNSETTLED, Delivery, Journal, Step
 from mesh.ledger import IN_RECEIVED, IN_SETTLED, JOURNAL
+from mesh.replay import read_replay
 from mesh.retry import RetryPolicy
-from mesh.topics import PRIVATE_PREFIX
+from mesh.topics import REPLAY_PREFIX, replay_topic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from mesh.broker import MessageBroker
     from mesh.clock import Clock
-    from mesh.deadletters import DeadLetter
+    from mesh.deadletters import DeadLetter, Earlier
     from mesh.events import Event
     from mesh.ledger import Ledger
 
@@ -40,15 +41,9 @@ _READ_EVENTS = 256
 _READ_WAIT_S = 5.0
 #: Pauses while the journal does not answer.
 _OUTAGE = RetryPolicy(first_delay_s=0.05, max_delay_s=2.0)
-_REPLAY_PREFIX = f"{PRIVATE_PREFIX}replay."
 
 
 _topic_of = attrgetter("topic")
-
-
-def replay_topic(group: str) -> str:
-    """Give the topic on which dead letters of a group come back to the handler that failed."""
-    return _REPLAY_PREFIX + group
 
 
 class Kept(NamedTuple):
@@ -57,8 +52,8 @@ class Kept(NamedTuple):
     topic: str
     events: list[Event]
     deliveries: list[Delivery]
-    #: Only this handler, for a dead letter that is replayed.
-    only: str | None = None
+    #: Set when a dead letter is replayed.
+    earlier: Earlier | None = None
 
 
 class DurableIntake:
@@ -216,7 +211,7 @@ class DurableIntake:
         self._ledger.cells[at + IN_RECEIVED] += len(deliveries)
         for each in deliveries:
             self._out[topic, each.position] = each
-        if topic.startswith(_REPLAY_PREFIX):
+        if topic.startswith(REPLAY_PREFIX):
             for each in deliveries:
                 self._receive_replay(each)
             return
@@ -260,13 +255,12 @@ class DurableIntake:
         if event is None:
             return
         try:
-            topic, handler, frame = (event.data[name] for name in ("topic", "handler", "frame"))
-            inner = codec.decode_frame(topic, frame).events[0]
-        except (FrameError, KeyError, IndexError, TypeError, ValueError) as error:
-            letter = self._bury(delivery.topic, "undecodable", repr(error), delivery.frame)
+            inner, earlier = read_replay(event)
+        except FrameError as error:
+            letter = self._bury(delivery.topic, error.reason, str(error), delivery.frame)
             self.settle(Step(acks=[delivery], dead=[letter]))
             return
-        self._take(Kept(topic, [inner], [delivery], handler))
+        self._take(Kept(str(inner.type), [inner], [delivery], earlier))
 
     # -- settling ------------------------------------------------------------------------------
 

@@ -152,6 +152,15 @@ class DeadQuery(Value, frozen=True):
         )
 
 
+class DeadCount(Value, frozen=True):
+    """Dead letters that failed alike."""
+
+    count: int
+    #: When the first and the last of them failed last, in seconds since 1970.
+    oldest_s: float
+    newest_s: float
+
+
 #: Chooses every dead letter.
 ALL_DEAD = DeadQuery()
 
@@ -276,12 +285,17 @@ class Journal(ABC):
     @abstractmethod
     async def count_dead(
         self, query: DeadQuery = ALL_DEAD
-    ) -> Mapping[tuple[str, str, str, str], int]:
+    ) -> Mapping[tuple[str, str, str, str], DeadCount]:
         """Count dead letters by (agent, handler or "", reason, error's first line)."""
 
     @abstractmethod
-    async def exhume(self, ids: Collection[str]) -> int:
-        """Remove dead letters; gives how many there were."""
+    async def exhume(self, letters: Iterable[DeadLetter]) -> int:
+        """
+        Remove dead letters as they were read: one that has failed anew since then stays.
+
+        Returns:
+            How many were removed.
+        """
 
     @abstractmethod
     async def groups(self) -> list[GroupView]:

@@ -113,6 +113,10 @@ class RunDir:
         """Give the file in which durable events and dead letters are kept; default MESH_JOURNAL."""
         return self.path / "journal" / f"{name or journal_name()}.sqlite"
 
+    def replayed(self, group: str, name: str | None = None) -> Path:
+        """Give the file that is there once dead letters of a group were replayed."""
+        return self.journal(name).with_suffix(f".replayed.{group}")
+
     def log(self, name: str) -> Path:
         """Give an agent's log file."""
         return self.path / "log" / f"{name}.log"

@@ -16,6 +16,7 @@ import msgspec
 
 from mesh.causality import current_event
 from mesh.context import HandlerContext, current_context
+from mesh.deadletters import go_on
 from mesh.errors import PayloadError
 from mesh.handlers import Handler, own_copy
 from mesh.inbox import Arrival, Inbox, make_inbox
@@ -271,6 +272,8 @@ class Slots:
                 context = HandlerContext(self._agent_name, self._state, event, delivery)
                 current_context.set(context)
                 await self._run_in_step(slot, arrival, event, context)
+                if arrival.earlier is not None:
+                    context.dead[:] = [go_on(each, arrival.earlier) for each in context.dead]
                 self._settle(context.step())
                 arrival.position = position + 1
                 if inbox.urgent < arrival.lane:
@@ -286,15 +289,16 @@ class Slots:
     async def _run_in_step(
         self, slot: _Slot, arrival: Arrival, event: Event, context: HandlerContext
     ) -> None:
-        if (why := self._why_parked(event, context)) is not None:
+        only = None if arrival.earlier is None else arrival.earlier.handler
+        if (why := self._why_parked(event, context, only, arrival.handlers)) is not None:
             reason, words = why
             self._ledger.count(reason)
-            context.dead.append(self._dead_letters.letter(event, reason, words))
+            context.dead.append(self._dead_letters.letter(event, reason, words, handler=only))
             return
         delivery = context.delivery
         assert delivery is not None
         for position, handler in enumerate(arrival.handlers):
-            if handler.id in delivery.done or arrival.only not in (None, handler.id):
+            if handler.id in delivery.done or only not in (None, handler.id):
                 continue
             slot.handler = handler
             mine = own_copy(event) if position else event
@@ -392,8 +396,18 @@ class Slots:
             raise error
         return error
 
-    def _why_parked(self, event: Event, context: HandlerContext) -> tuple[str, str] | None:
-        """Say why a durable event must reach no handler."""
+    def _why_parked(
+        self,
+        event: Event,
+        context: HandlerContext,
+        only: str | None,
+        handlers: tuple[Handler, ...],
+    ) -> tuple[str, str] | None:
+        """Say why a durable event must reach no handler, or can reach none."""
+        if not handlers or (only is not None and all(each.id != only for each in handlers)):
+            return "unheard", (
+                f"{self._agent_name} has no handler {f'{only!r} ' if only else ''}of {event.type}"
+            )
         if context.deliveries > self._config.max_deliveries:
             return "poison", (
                 f"its handling ended the process {context.deliveries - 1} times;"

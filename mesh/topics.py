@@ -11,6 +11,8 @@ MAX_TOPIC_LENGTH = 128
 DELIMITER = b"\0"
 #: Topics that start so belong to the mesh itself: probes, replies.
 PRIVATE_PREFIX = "_"
+#: Under this and a group's name its dead letters come back: see `replay_topic`.
+REPLAY_PREFIX = f"{PRIVATE_PREFIX}replay."
 
 _GRAMMAR = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
 
@@ -31,6 +33,11 @@ def check_topic(name: str) -> str:
             f"{shown} is not a topic: use 1 to {MAX_TOPIC_LENGTH} characters of A-Z a-z 0-9 _ . : -"
         )
     return str(name)
+
+
+def replay_topic(group: str) -> str:
+    """Give the topic on which dead letters of a group come back to the handler that failed."""
+    return REPLAY_PREFIX + group
 
 
 def is_topic(name: bytes) -> bool:

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mesh.broker import MessageBroker
 from mesh.env import DEFAULT_JOURNAL, journal_name
 from mesh.errors import BrokerUnavailableError
+from mesh.journals.redis_keys import Keys
 from mesh.redis_link.access import PORT
 from mesh.redis_link.kept import SILENT_S, Sparing
 from mesh.redis_link.node import Terms
 from mesh.redis_link.nodes import ClusterNodes
 from mesh.redis_link.place import place_of
-from mesh.topics import check_topic
+from mesh.redis_link.resp import ReplyError
+from mesh.topics import check_topic, replay_topic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from mesh.redis_link.nodes import Nodes
 
 _SYNCHRONIZE_S = 15.0
+
+_log = logging.getLogger(__name__)
 
 
 class RedisMessageBroker(MessageBroker):
@@ -118,9 +123,10 @@ class RedisMessageBroker(MessageBroker):
         }
         self._place = place_of(**where, mesh=mesh)
         name = journal or journal_name()
+        self._journal_mesh = mesh if name == DEFAULT_JOURNAL else f"{mesh}.{name}"
         options = {
             **where,
-            "mesh": mesh if name == DEFAULT_JOURNAL else f"{mesh}.{name}",
+            "mesh": self._journal_mesh,
             "connect_timeout_s": connect_timeout_s,
             "silent_s": silent_s,
             "allow_volatile": allow_volatile,
@@ -275,6 +281,20 @@ class RedisMessageBroker(MessageBroker):
         from mesh.journals.redis import RedisJournal
 
         return RedisJournal(**self._journal_options())
+
+    async def awaits_replay(self, group: str) -> bool:
+        """Ask Redis whether the group was ever told to hear replays."""
+        key = Keys(self._journal_mesh, cluster=self._cluster).topics_of(group)
+        node = self._joined().owner(key)
+        if node is None:
+            return True
+        try:
+            connection = await node.publisher.wait_up()
+            return bool(await connection.call("SISMEMBER", key, replay_topic(group)))
+        except (ConnectionError, ReplyError) as error:
+            # In doubt the journal is opened to see; not where we have no right to
+            _log.warning("%s cannot ask for replayed dead letters: %s", group, error)
+            return not str(error).startswith("NOPERM")
 
     def try_send(self, topic: str, frame: bytes) -> bool:
         """

@@ -14,6 +14,7 @@ The sockets' file descriptors are watched on the loop and drained with NOBLOCK i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import socket
@@ -27,7 +28,13 @@ from mesh.codec import MAX_FRAME_BYTES
 from mesh.env import is_supervised, mesh_dir
 from mesh.errors import BrokerUnavailableError
 from mesh.rundir import RunDir
-from mesh.topics import DELIMITER, MAX_TOPIC_LENGTH, PRIVATE_PREFIX, check_topic
+from mesh.topics import (
+    DELIMITER,
+    MAX_TOPIC_LENGTH,
+    PRIVATE_PREFIX,
+    REPLAY_PREFIX,
+    check_topic,
+)
 
 if TYPE_CHECKING:
     import subprocess
@@ -136,6 +143,18 @@ class ZeroMQMessageBroker(MessageBroker):
         return SQLiteJournal(
             self._rundir.ensure().journal(self._journal_name), synchronous=self._synchronous
         )
+
+    async def awaits_replay(self, group: str) -> bool:
+        """Look for the mark of a replay: agents that need no SQLite do not open it to ask."""
+        return self._rundir.replayed(group, self._journal_name).exists()
+
+    def _tell_readers(self, topics: Collection[str]) -> None:
+        for topic in topics:
+            if topic.startswith(REPLAY_PREFIX):
+                group = topic.removeprefix(REPLAY_PREFIX)
+                with contextlib.suppress(OSError):
+                    self._rundir.replayed(group, self._journal_name).touch(mode=0o600)
+        super()._tell_readers(topics)
 
     async def _close(self) -> None:
         await self._close_channels()

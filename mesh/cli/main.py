@@ -29,10 +29,14 @@ COMMANDS = {
     "logs": ("logbook", "Show and follow the agents' logs."),
     "tail": ("tail", "Listen to events as they happen."),
     "publish": ("publish", "Say an event."),
+    "dlq": ("dlq", "Look at dead letters, send them back, correct them, throw them away."),
     "agents": ("agents", "Show who hears and says what."),
     "new": ("scaffold", "Write a new agent: script, test, and its place in supervisord.conf."),
     "doctor": ("checkup", "Check the environment, the run directory and the running mesh."),
 }
+
+#: Commands of the command `dlq`.
+DLQ_COMMANDS = ("ls", "show", "replay", "edit", "purge")
 
 
 class MeshGroup(click.Group):
@@ -108,7 +112,11 @@ def cli(context: click.Context, directory: str | None) -> None:
       mesh down            stop them all
     """  # noqa: D301 - click's mark for lines it must not wrap
     if directory is not None:
-        context.default_map = {name: {"directory": directory} for name in COMMANDS}
+        chosen = {"directory": directory}
+        context.default_map = {
+            **dict.fromkeys(COMMANDS, chosen),
+            "dlq": dict.fromkeys(DLQ_COMMANDS, chosen),
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

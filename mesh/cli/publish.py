@@ -54,7 +54,7 @@ def publish(
         raise TopicError(
             f"{topic!r} starts with {PRIVATE_PREFIX!r}: such topics are the mesh's own"
         )
-    payload = _parse(sys.stdin.read() if data == "-" else data)
+    payload = parse_payload(sys.stdin.read() if data == "-" else data)
     place = Place.find(directory)
     config = joining_settings(place)
     load_schemas(place.project)
@@ -70,7 +70,13 @@ def publish(
         )
 
 
-def _parse(text: str) -> dict[str, Any]:
+def parse_payload(text: str) -> dict[str, Any]:
+    """
+    Read a payload.
+
+    Raises:
+        PayloadError: It is no JSON, or no object.
+    """
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

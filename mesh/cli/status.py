@@ -12,6 +12,7 @@ from mesh.cli import say
 from mesh.cli.elsewhere import listen
 from mesh.cli.exits import EXIT_WRONG
 from mesh.cli.facts import look
+from mesh.cli.kept import look_at_kept
 from mesh.cli.place import Place, directory_option, json_option
 from mesh.config import MessageBusConfig
 from mesh.errors import MeshError
@@ -20,6 +21,7 @@ from mesh.supervision import boot
 if TYPE_CHECKING:
     from mesh.cli.elsewhere import AgentElsewhere
     from mesh.cli.facts import MeshFacts, ProgramFacts
+    from mesh.cli.kept import KeptFacts
     from mesh.rundir import RunDir
 
 _COLUMNS = (
@@ -44,6 +46,9 @@ def status(json_form: bool, directory: str | None) -> None:
     asked, so a hung one cannot hold this up. Exit code 0 when every program is READY and beats, 1
     when one is not, 3 when no mesh runs here. Losses are shown, and do not change the exit code.
 
+    Durable events that a group has not settled, and dead letters, are counted in the journal, where
+    there is one; they do not change the exit code either.
+
     On a fabric that joins hosts (Redis), agents of other run directories are listed by what their
     heartbeats say; that takes a second of listening.
 
@@ -54,16 +59,18 @@ def status(json_form: bool, directory: str | None) -> None:
     """  # noqa: D301
     rundir = Place.find(directory).rundir
     facts = asyncio.run(look(rundir))
+    kept = asyncio.run(look_at_kept(rundir))
     others, unknown = _elsewhere(rundir)
     if json_form:
-        say.as_json({**facts.to_dict(), "elsewhere": [each.to_dict() for each in others]})
+        elsewhere = [each.to_dict() for each in others]
+        say.as_json({**facts.to_dict(), **kept.to_dict(), "elsewhere": elsewhere})
     else:
-        _show(facts)
+        _show(facts, kept)
         _show_elsewhere(others, unknown)
     sys.exit(EXIT_WRONG if facts.problems else 0)
 
 
-def _show(facts: MeshFacts) -> None:
+def _show(facts: MeshFacts, journal: KeptFacts) -> None:
     say.line(f"mesh in {facts.directory}, supervisord {facts.supervisor_pid}")
     rows = [_row(each) for each in facts.programs]
     kept = _worth_showing(rows) if say.is_terminal() else range(len(_COLUMNS))
@@ -81,6 +88,7 @@ def _show(facts: MeshFacts) -> None:
         )
     else:
         say.line(f"{len(facts.links)} links, nothing lost")
+    _show_kept(journal)
     for each in facts.programs:
         if each.last_words:
             say.line(f"{each.name}: {each.last_words}", "red")
@@ -88,6 +96,20 @@ def _show(facts: MeshFacts) -> None:
         say.line(problem, "red")
     if not facts.problems:
         say.line("all is well", "green")
+
+
+def _show_kept(kept: KeptFacts) -> None:
+    if kept.behind:
+        say.table(
+            ("group", "pending", "oldest"),
+            [(name, count, say.duration(age_s)) for name, (count, age_s) in kept.behind.items()],
+        )
+    if kept.trouble:
+        say.line(kept.trouble, "yellow")
+    elif kept.dead_letters:
+        say.line(f"{kept.dead_letters} dead letters; `mesh dlq ls` shows them", "yellow")
+    elif kept.dead_letters == 0:
+        say.line("no dead letters")
 
 
 def _elsewhere(rundir: RunDir) -> tuple[list[AgentElsewhere], str]:

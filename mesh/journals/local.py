@@ -8,11 +8,12 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from mesh.errors import ClosedError, NotConnectedError
-from mesh.journal import PARTITIONS, Journal
+from mesh.journal import PARTITIONS, DeadCount, Journal
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Set
 
+    from mesh.deadletters import DeadLetter
     from mesh.journal import Delivery
 
 #: A waiting read looks again so often even if nobody wakes it: wake-ups between processes travel
@@ -24,6 +25,18 @@ def share_of(consumer: str, consumers: Iterable[str]) -> frozenset[int]:
     """Give the partitions that are a consumer's by right; the same answer in every process."""
     names = sorted(consumers)
     return frozenset(p for p in range(PARTITIONS) if names[p % len(names)] == consumer)
+
+
+def count_letters(
+    letters: Iterable[DeadLetter],
+) -> dict[tuple[str, str, str, str], DeadCount]:
+    """Count dead letters as `Journal.count_dead` does."""
+    moments: dict[tuple[str, str, str, str], list[float]] = {}
+    for letter in letters:
+        line = letter.error.partition("\n")[0]
+        alike = letter.agent, letter.handler or "", letter.reason, line
+        moments.setdefault(alike, []).append(letter.at_s)
+    return {alike: DeadCount(len(at), min(at), max(at)) for alike, at in moments.items()}
 
 
 class Bells:

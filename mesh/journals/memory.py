@@ -8,7 +8,6 @@ processes on one mesh.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,13 +18,14 @@ from mesh.journal import (
     LEASE_S,
     MAX_UNSETTLED,
     PARTITIONS,
+    DeadCount,
     DeadQuery,
     Delivery,
     Feature,
     GroupView,
     Stored,
 )
-from mesh.journals.local import Bells, LocalJournal, share_of
+from mesh.journals.local import Bells, LocalJournal, count_letters, share_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence, Set
@@ -277,19 +277,22 @@ class MemoryJournal(LocalJournal):
 
     async def count_dead(
         self, query: DeadQuery = ALL_DEAD
-    ) -> Mapping[tuple[str, str, str, str], int]:
+    ) -> Mapping[tuple[str, str, str, str], DeadCount]:
         """Count dead letters."""
         self._require_open()
-        return Counter(
-            (letter.agent, letter.handler or "", letter.reason, letter.error.partition("\n")[0])
-            for letter in self.store.letters.values()
-            if query.chooses(letter)
+        return count_letters(
+            letter for letter in self.store.letters.values() if query.chooses(letter)
         )
 
-    async def exhume(self, ids: Collection[str]) -> int:
+    async def exhume(self, letters: Iterable[DeadLetter]) -> int:
         """Remove dead letters."""
         self._require_open()
-        return sum(self.store.letters.pop(each, None) is not None for each in set(ids))
+        known, gone = self.store.letters, 0
+        for letter in letters:
+            if letter.id in known and known[letter.id].at_s == letter.at_s:
+                del known[letter.id]
+                gone += 1
+        return gone
 
     async def groups(self) -> list[GroupView]:
         """Count what is not settled."""

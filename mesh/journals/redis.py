@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mesh.deadletters import DeadLetter
-    from mesh.journal import GroupView, Record, Step, Stored
+    from mesh.journal import DeadCount, GroupView, Record, Step, Stored
 
 Value = TypeVar("Value")
 
@@ -323,15 +323,15 @@ class RedisJournal(LocalJournal):
 
     async def count_dead(
         self, query: DeadQuery = ALL_DEAD
-    ) -> Mapping[tuple[str, str, str, str], int]:
+    ) -> Mapping[tuple[str, str, str, str], DeadCount]:
         """Count dead letters."""
         self._require_open()
         return await self._views.count_dead(query)
 
-    async def exhume(self, ids: Collection[str]) -> int:
+    async def exhume(self, letters: Iterable[DeadLetter]) -> int:
         """Remove dead letters."""
         self._require_open()
-        return await self._views.exhume(ids)
+        return await self._views.exhume(letters)
 
     async def groups(self) -> list[GroupView]:
         """Tell how far every group is."""

@@ -237,17 +237,19 @@ return {gone, bytes, head[1] and head[1][1] or ''}
 """,
 )
 
-#: Remove dead letters. KEYS: the letters, their times.
+#: Remove dead letters, those that have not failed anew. KEYS: the letters, their times.
 EXHUME = Script(
     "exhume",
     EVEN_FULL
     + HEAD
     + """
 local gone = 0
-in_parts(plan.ids, function(first, last)
-  gone = gone + call('HDEL', KEYS[1], unpack(plan.ids, first, last))
-  call('ZREM', KEYS[2], unpack(plan.ids, first, last))
-end)
+for _, letter in ipairs(plan.letters) do
+  if tonumber(call('ZSCORE', KEYS[2], letter[1])) == tonumber(letter[2]) then
+    gone = gone + call('HDEL', KEYS[1], letter[1])
+    call('ZREM', KEYS[2], letter[1])
+  end
+end
 return gone
 """,
 )

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from mesh.deadletters import decode_letter
 from mesh.journal import PARTITIONS, GroupView, Stored
+from mesh.journals.local import count_letters
 from mesh.journals.redis_entries import position_of, read_entries, spot_of
 from mesh.journals.redis_scripts import COUNT, EXHUME, TRIM
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Collection
+    from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable
 
     from mesh.deadletters import DeadLetter
-    from mesh.journal import DeadQuery, Delivery
+    from mesh.journal import DeadCount, DeadQuery, Delivery
     from mesh.journals.redis_entries import Spot
     from mesh.journals.redis_keys import Keys
     from mesh.journals.redis_store import Store
@@ -203,22 +203,17 @@ class Views:
                 found.append(letter)
         return found
 
-    async def count_dead(self, query: DeadQuery) -> Counter[tuple[str, str, str, str]]:
+    async def count_dead(self, query: DeadQuery) -> dict[tuple[str, str, str, str], DeadCount]:
         """Count dead letters."""
-        return Counter(
-            [
-                (each.agent, each.handler or "", each.reason, each.error.partition("\n")[0])
-                async for each in self._letters()
-                if query.chooses(each)
-            ]
-        )
+        return count_letters([each async for each in self._letters() if query.chooses(each)])
 
-    async def exhume(self, ids: Collection[str]) -> int:
+    async def exhume(self, letters: Iterable[DeadLetter]) -> int:
         """Remove dead letters."""
-        if not ids:
+        chosen = [(each.id, repr(each.at_s)) for each in letters]
+        if not chosen:
             return 0
-        letters, times, _ = self._keys.dead
-        return int(await self._store.run(EXHUME, [letters, times], {"ids": sorted(set(ids))}))
+        kept, times, _ = self._keys.dead
+        return int(await self._store.run(EXHUME, [kept, times], {"letters": chosen}))
 
     async def _letters(self) -> AsyncIterator[DeadLetter]:
         letters, times, _ = self._keys.dead

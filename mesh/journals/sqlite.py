@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from mesh.clock import Clock
     from mesh.deadletters import DeadLetter
-    from mesh.journal import GroupView, Record, Step, Stored
+    from mesh.journal import DeadCount, GroupView, Record, Step, Stored
     from mesh.journals.database import Synchronous
 
 #: What may wait for the writer; then `append` and `commit` wait, and at last refuse.
@@ -193,16 +193,16 @@ class SQLiteJournal(LocalJournal):
 
     async def count_dead(
         self, query: DeadQuery = ALL_DEAD
-    ) -> Mapping[tuple[str, str, str, str], int]:
+    ) -> Mapping[tuple[str, str, str, str], DeadCount]:
         """Count dead letters."""
-        counts: dict[tuple[str, str, str, str], int] = await self._ask(
+        counts: dict[tuple[str, str, str, str], DeadCount] = await self._ask(
             lambda database: views.count_dead(database.connection, query)
         )
         return counts
 
-    async def exhume(self, ids: Collection[str]) -> int:
+    async def exhume(self, letters: Iterable[DeadLetter]) -> int:
         """Remove dead letters."""
-        chosen = list(ids)
+        chosen = list(letters)
         count: int = await self._do(lambda tx: tx.exhume(chosen))
         return count
 

@@ -124,10 +124,11 @@ class Transaction:
                 self._state[group_id, name] = value
         return refused
 
-    def exhume(self, ids: Sequence[str]) -> int:
-        """Remove dead letters; gives how many there were."""
+    def exhume(self, letters: Sequence[DeadLetter]) -> int:
+        """Remove dead letters as they were read; gives how many."""
         self.flush()
-        return sum(self.run("DELETE FROM dead WHERE id = ?", (each,)).rowcount for each in set(ids))
+        statement = "DELETE FROM dead WHERE id = ? AND at_s = ?"
+        return sum(self.run(statement, (each.id, each.at_s)).rowcount for each in letters)
 
     def delete_events(self, seqs: Sequence[tuple[int]]) -> None:
         """Forget events."""

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.deadletters import DeadLetter, decode_letter
 from mesh.errors import ConfigurationError
-from mesh.journal import MAX_UNSETTLED, PARTITIONS, DeadQuery, Delivery, GroupView, Stored
+from mesh.journal import (
+    MAX_UNSETTLED,
+    PARTITIONS,
+    DeadCount,
+    DeadQuery,
+    Delivery,
+    GroupView,
+    Stored,
+)
 
 if TYPE_CHECKING:
     import sqlite3
@@ -195,15 +203,19 @@ def dead(connection: sqlite3.Connection, query: DeadQuery, limit: int) -> list[D
 
 def count_dead(
     connection: sqlite3.Connection, query: DeadQuery
-) -> dict[tuple[str, str, str, str], int]:
+) -> dict[tuple[str, str, str, str], DeadCount]:
     """Count dead letters by agent, handler, reason and the first line of the error."""
     condition, values = _chosen(query)
     columns = "agent, handler, reason, error_line"
     rows = connection.execute(
-        f"SELECT {columns}, count(*) FROM dead{condition} GROUP BY {columns}",  # noqa: S608
+        f"SELECT {columns}, count(*), min(at_s), max(at_s)"  # noqa: S608
+        f" FROM dead{condition} GROUP BY {columns}",
         values,
     )
-    return {(agent, handler, reason, line): count for agent, handler, reason, line, count in rows}
+    return {
+        (agent, handler, reason, line): DeadCount(count, oldest_s, newest_s)
+        for agent, handler, reason, line, count, oldest_s, newest_s in rows
+    }
 
 
 def _chosen(query: DeadQuery) -> tuple[str, Sequence[Any]]:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh.errors import ClosedError, ConfigurationError, NotConnectedError
-from mesh.journal import MAX_UNSETTLED, PARTITIONS, DeadQuery, Record, Step, partition_of
+from mesh.journal import (
+    MAX_UNSETTLED,
+    PARTITIONS,
+    DeadCount,
+    DeadQuery,
+    Record,
+    Step,
+    partition_of,
+)
 from tests.plumbing.journals import (
     JournalFabric,
     MemoryFabric,
@@ -841,14 +849,30 @@ async def test_dead_letters_are_chosen_counted_and_removed(journal: Journal) -> 
     assert await chosen(error="%") == []
     assert [each.id for each in await journal.dead(limit=2)] == ["b", "d"]
     assert await journal.count_dead(DeadQuery(agent="risk")) == {
-        ("risk", "check", "failed", "ValueError: no"): 1,
-        ("risk", "check", "failed", "100% wrong"): 1,
-        ("risk", "", "timeout", "TimeoutError"): 1,
+        ("risk", "check", "failed", "ValueError: no"): DeadCount(1, 1.0, 1.0),
+        ("risk", "check", "failed", "100% wrong"): DeadCount(1, 2.5, 2.5),
+        ("risk", "", "timeout", "TimeoutError"): DeadCount(1, 3.0, 3.0),
     }
-    assert sum((await journal.count_dead()).values()) == 4
+    await journal.bury([letter("e", at_s=0.5)])
+    assert (await journal.count_dead())["risk", "check", "failed", "ValueError: no"] == DeadCount(
+        2, 0.5, 1.0
+    )
+    assert sum(each.count for each in (await journal.count_dead()).values()) == 5
     assert (await journal.dead(DeadQuery(ids=frozenset({"d"}))))[0].frame == b"\0raw"
-    assert await journal.exhume(["a", "b", "x", "a"]) == 2
-    assert await chosen() == ["d", "c"]
+    a, b = letter("a", at_s=1.0), letter("b", at_s=3.0)
+    assert await journal.exhume([a, b, letter("x"), a]) == 2
+    assert await journal.exhume([]) == 0
+    assert await chosen() == ["d", "c", "e"]
+
+
+async def test_a_letter_that_failed_anew_since_it_was_read_is_not_removed(journal: Journal) -> None:
+    """Else a replay that fails at once would take the news of it away."""
+    await journal.bury([letter("a", at_s=0.1 + 0.2), letter("b", at_s=1.7e9 + 0.123456)])
+    read = await journal.dead()
+    await journal.bury([letter("a", at_s=9.25, attempts=2)])
+
+    assert await journal.exhume(read) == 1
+    assert await journal.dead() == [letter("a", at_s=9.25, attempts=2)]
 
 
 async def test_a_letter_of_the_same_id_replaces(journal: Journal) -> None:

@@ -18,10 +18,10 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
     (
         "6 ends",
         [
-            {"requests"},
+            {"requests", "dead_letter_queue"},
             {"publisher", "consumer", "workers"},
             {"intake", "outbox", "slots"},
-            {"consumer_config"},
+            {"consumer_config", "replay", "replay_bell"},
         ],
     ),
     ("5 middleware", [{"middleware.*", "inbox"}]),
@@ -55,8 +55,9 @@ DOORS = {
     "hiredis": {"redis_link.resp"},
     # The language of values here; still, who needs bytes from values asks the codec
     "msgspec": {
-        "beats", "card", "codec", "context", "deadletters", "events", "handlers",
-        "journals.*", "publisher", "slots", "supervision.*", "telemetry", "values",
+        "beats", "card", "codec", "context", "dead_letter_queue", "deadletters", "events",
+        "handlers", "journals.*", "publisher", "replay", "slots", "supervision.*", "telemetry",
+        "values",
     },
     "opentelemetry": {"telemetry"},
     "pytest": {"testing.*"},

@@ -265,8 +265,8 @@ async def test_the_documented_rights_suffice() -> None:
             assert await journal.commit("risk", "risk", [marked]) == []
             await settle(journal, "risk", "risk", held[1:5])
             await journal.release("risk", "risk", held[9:])
-            await journal.bury([letter("a"), letter("b")])
-            await journal.exhume(["a"])
+            await journal.bury([gone := letter("a"), letter("b")])
+            await journal.exhume([gone])
             await heir.free("risk", "risk")
             await drain(heir, "risk", "heir")
             await heir.renew("risk", "heir")

@@ -1,0 +1,216 @@
+"""`mesh dlq` where no mesh runs: a journal that is there, or is not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mesh.cli.main import DLQ_COMMANDS, cli
+from mesh.events import Event
+from mesh.journals.sqlite import SQLiteJournal
+from mesh.rundir import RunDir
+from tests.plumbing.journals import letter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mesh.deadletters import DeadLetter
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def call(*words: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(cli, ["dlq", *words], input=stdin)
+
+
+def told(*words: str) -> Any:
+    return json.loads(call(*words, "--json").stdout)
+
+
+def bury(rundir: Path, *letters: DeadLetter) -> None:
+    async def write() -> None:
+        async with SQLiteJournal(RunDir(rundir).ensure().journal()) as journal:
+            await journal.bury(letters)
+
+    asyncio.run(write())
+
+
+def failed(name: str, **changes: object) -> DeadLetter:
+    event = Event("order", {"n": 1}, "feed", id=name)
+    return letter(name, **{"event": event.to_dict(), "attempts": 4, **changes})
+
+
+@pytest.mark.parametrize("name", DLQ_COMMANDS)
+def test_every_command_teaches_with_an_example(name: str) -> None:
+    shown = call(name, "--help")
+
+    assert shown.exit_code == 0
+    assert f"mesh dlq {name}" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["ls"], 0),
+        (["show", "a"], 1),
+        (["replay", "--all"], 1),
+        (["edit", "a", "{}"], 1),
+        (["purge", "--all", "--yes"], 1),
+    ],
+)
+def test_asking_makes_no_journal(own_mesh_dir: Path, words: list[str], code: int) -> None:
+    assert call(*words).exit_code == code
+    assert not own_mesh_dir.exists()
+
+
+def test_ls_puts_together_what_failed_alike(rundir: Path) -> None:
+    bury(
+        rundir,
+        failed("a", at_s=10.0),
+        failed("b", at_s=20.0),
+        failed("c", handler=None, reason="expired", error="it expired"),
+    )
+
+    assert told("ls") == {
+        "total": 3,
+        "groups": [
+            {
+                "agent": "risk",
+                "handler": "check",
+                "reason": "failed",
+                "error": "ValueError: no",
+                "count": 2,
+                "oldest": "1970-01-01T00:00:10.000+00:00",
+                "newest": "1970-01-01T00:00:20.000+00:00",
+            },
+            {
+                "agent": "risk",
+                "handler": None,
+                "reason": "expired",
+                "error": "it expired",
+                "count": 1,
+                "oldest": "1970-01-01T00:00:05.000+00:00",
+                "newest": "1970-01-01T00:00:05.000+00:00",
+            },
+        ],
+    }
+    plain = call("ls")
+    assert plain.stdout.splitlines()[0].split() == [
+        *("COUNT", "AGENT", "HANDLER", "REASON", "ERROR", "OLDEST", "NEWEST")
+    ]
+    assert "3 dead letters in 2 groups" in plain.stdout
+    assert [each["id"] for each in told("ls", "--letters")["letters"]] == ["b", "a", "c"]
+
+
+def test_ten_thousand_letters_are_listed_right(rundir: Path) -> None:
+    """Mixed agents, handlers, reasons and errors; each group is counted to the letter."""
+    bury(
+        rundir,
+        *(
+            failed(
+                f"n{number}",
+                agent=f"agent{number % 5}",
+                handler=None if number % 5 == 4 else f"handler{number % 2}",
+                reason=("failed", "timeout")[number % 2],
+                error=f"Error{number % 10}: a\nsecond line {number}",
+                at_s=float(number),
+            )
+            for number in range(10_000)
+        ),
+    )
+
+    found = told("ls", "--limit", "1000")
+    chosen = told("ls", "--agent", "agent3", "--error", "Error3", "--letters", "--limit", "7")
+
+    assert found["total"] == 10_000
+    assert [group["count"] for group in found["groups"]] == [1000] * 10
+    assert chosen["total"] == 1000
+    assert [each["id"] for each in chosen["letters"]] == [f"n{9993 - 10 * n}" for n in range(7)]
+
+
+def test_show_tells_all_of_a_letter(rundir: Path) -> None:
+    bury(rundir, failed("a"))
+
+    shown = call("show", "a")
+
+    assert "agent    risk, handler check" in shown.stdout
+    assert "ValueError: no" in shown.stdout
+    assert '"n": 1' in shown.stdout
+    assert told("show", "a")["event"]["data"] == {"n": 1}
+    assert call("show", "b").exit_code == 1
+
+
+@pytest.mark.parametrize("command", ["replay", "purge"])
+def test_forgetting_to_choose_does_not_mean_all(rundir: Path, command: str) -> None:
+    bury(rundir, failed("a"))
+
+    refused = call(command)
+    both = call(command, "--all", "--agent", "risk")
+
+    assert (refused.exit_code, both.exit_code) == (2, 2)
+    assert "either --all, or which letters" in refused.output
+    assert told("ls")["total"] == 1
+
+
+def test_a_purge_asks_and_in_a_pipe_wants_a_yes(rundir: Path) -> None:
+    bury(rundir, failed("a"), failed("b", reason="expired"))
+
+    assert call("purge", "--reason", "expired").exit_code == 2
+    assert call("purge", "--reason", "expired", "--dry-run").stdout == (
+        "would throw 1 dead letters away\n"
+    )
+    assert told("ls")["total"] == 2
+    assert told("purge", "--reason", "expired", "--yes") == {"dry_run": False, "purged": 1}
+    assert call("purge", "--reason", "expired", "--yes").exit_code == 1
+    assert told("ls")["total"] == 1
+
+
+def test_an_edit_keeps_the_rest_of_the_letter(rundir: Path) -> None:
+    bury(rundir, failed("a"))
+
+    edited = call("edit", "a", "-", stdin='{"n": 2}')
+    letter_now = told("show", "a")
+
+    assert edited.exit_code == 0
+    assert letter_now["event"]["data"] == {"n": 2}
+    assert letter_now["attempts"] == 4
+    assert letter_now["history"][0]["error"] == 'edited; it was {"n": 1}'
+    assert call("edit", "a", "no json").exit_code == 65
+    assert call("edit", "a").exit_code == 2
+    assert call("edit", "b", "{}").exit_code == 1
+
+
+def test_a_replay_says_why_it_refuses(rundir: Path) -> None:
+    bury(
+        rundir,
+        failed("a"),
+        letter("b", frame=b"\xff junk", handler=None, reason="undecodable"),
+        failed("c", reason="unpublished", handler=None),
+    )
+
+    dry = told("replay", "--all", "--dry-run")
+    done = call("replay", "--all")
+
+    assert dry["sent"] == [{"agent": "risk", "handler": "check", "count": 1}]
+    assert {each["id"] for each in dry["refused"]} == {"b", "c"}
+    assert done.exit_code == 1
+    assert "1 went to risk.check" in done.stdout
+    assert "refused b: what came is no event (undecodable); edit it into one" in done.stdout
+    assert "refused c: its type is live" in done.stdout
+    assert "risk is not running here; it gets them when it starts" in done.stderr
+    assert [each["id"] for each in told("ls", "--letters")["letters"]] == ["c", "b"]
+
+
+def test_the_directory_can_stand_before_the_command(rundir: Path, tmp_path: Path) -> None:
+    bury(tmp_path / "m", failed("a"))
+
+    shown = CliRunner().invoke(cli, ["--dir", str(tmp_path / "m"), "dlq", "ls"])
+
+    assert "1 dead letters in 1 groups" in shown.stdout
