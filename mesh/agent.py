@@ -212,7 +212,9 @@ class Agent:
         self.log = logging.getLogger(f"agent.{context.name}")
         self.registry = EventHandlerRegistry(context.middleware)
         config = context.config
-        self._dead_letters = context.dead_letters or DeadLetters(context.name, context.broker.bury)
+        self._dead_letters = context.dead_letters or DeadLetters(
+            context.group or context.name, context.broker.bury
+        )
         self.publisher = EventPublisher(
             PublisherConfig(
                 agent_name=context.name,
@@ -248,6 +250,7 @@ class Agent:
                 log_events=config.log_events,
             )
         )
+        vars(self.consumer)["restore"] = self.restore
         self._requester = Requester(context.broker, self.publisher)
         #: Set once every source has returned; at once where there is none.
         self.sources_done = asyncio.Event()
@@ -258,6 +261,14 @@ class Agent:
 
     async def setup(self) -> None:
         """Override: prepare before the first event; raise ConfigurationError for bad settings."""
+
+    async def restore(self) -> None:
+        """
+        Override: take over `ctx.state`, which was loaded anew.
+
+        Called when events of other replicas come to this one; only who keeps parts of the state in
+        attributes needs it. At the start it is not called: call it in `setup`.
+        """
 
     async def teardown(self) -> None:
         """Override: clean up after the last event."""

@@ -84,9 +84,8 @@ class EventConsumer:
         self.registry: EventHandlerRegistry = config.handler_registry
         self.broker: MessageBroker = config.broker
         self.ledger = config.ledger or Ledger.in_memory()
-        self.dead_letters = config.dead_letters or DeadLetters(
-            config.agent_name, config.broker.bury
-        )
+        self.group = config.group or config.agent_name
+        self.dead_letters = config.dead_letters or DeadLetters(self.group, config.broker.bury)
         self._cells = self.ledger.cells
         self._links: dict[tuple[str, str], int] = {}
         self._routes: dict[str, _Route] = {}
@@ -101,6 +100,9 @@ class EventConsumer:
     async def initialize(self) -> None:
         """Override: register handlers on `self.registry` under `self.agent_name`."""
 
+    async def restore(self) -> None:
+        """Override, or replace: the state was loaded anew, for other replicas have changed it."""
+
     async def prepare(self, *, keep_state: bool = False) -> None:
         """
         Open the journal, where it is needed, and load the durable state; `start` does it too.
@@ -114,15 +116,15 @@ class EventConsumer:
         """
         if self._intake is not None or not (self._durable_topics() or keep_state):
             return
-        group = self.config.group or self.agent_name
         intake = DurableIntake(
             journal=await self.broker.open_journal(),
             broker=self.broker,
-            group=group,
+            group=self.group,
             consumer=self.agent_name,
             ledger=self.ledger,
             clock=self.config.clock,
             state=self._state,
+            restore=lambda: self.restore(),
             take=self._take,
             schema_of=lambda topic: self._route_of(topic).schema,
             bury=self._bury,
@@ -230,7 +232,7 @@ class EventConsumer:
                 " `await self.keep_state()` in its setup"
             )
         return HandlerContext(
-            self.agent_name,
+            self.group,
             self._state,
             write_through=lambda name, raw: intake.settle(Step(state={name: raw})),
         )

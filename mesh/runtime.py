@@ -37,6 +37,7 @@ from mesh.factory import make_broker
 from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.loading import load_agent
 from mesh.logs import set_up_logging
+from mesh.replicas import group_of
 from mesh.rundir import RunDir
 from mesh.telemetry import tracing_middleware
 from mesh.values import Value
@@ -63,6 +64,8 @@ class Launch(Value, frozen=True, kw_only=True):
     rundir: RunDir
     config: MessageBusConfig
     params: Mapping[str, str]
+    #: What replicas of one agent share; default: what the name says.
+    group: str | None = None
     #: End when the parent ends.
     parent_bound: bool
     #: Wait for the monitor's word before sources speak.
@@ -126,6 +129,7 @@ def _start(kind: type[Agent], script: str, name: str | None) -> int:
     launch = Launch(
         kind=kind,
         name=name or env.agent_name() or kind.name or Path(script).stem,
+        group=env.agent_group(),
         script=script,
         rundir=RunDir.from_env().ensure(),
         config=MessageBusConfig.from_env(),
@@ -254,6 +258,7 @@ class _AgentProcess:
         return launch.kind(
             AgentContext(
                 name=launch.name,
+                group=launch.group or group_of(launch.name),
                 broker=broker,
                 config=launch.config,
                 params=launch.params,

@@ -35,7 +35,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
             {"beats", "causality", "deadletters", "ledger", "process"},
         ],
     ),
-    ("1 words", [{"events", "logs", "rundir"}, {"topics"}]),
+    ("1 words", [{"events", "logs", "rundir"}, {"replicas", "topics"}]),
     ("0 ground", [{"errors", "clock", "env", "outcomes", "values"}]),
 ]
 
