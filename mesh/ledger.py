@@ -60,6 +60,7 @@ HEADER = (
     "restarts",
     "frames",
     "rejected_frames",
+    "retired",
 )
 _AT = {name: 2 + index for index, name in enumerate(HEADER)}
 
@@ -227,6 +228,9 @@ class Ledger:
         cells = self.cells
         cells[_AT["incarnation"]] += 1
         cells[_AT["pid"]] = os.getpid()
+        was_retired, cells[_AT["retired"]] = cells[_AT["retired"]], 0
+        if was_retired:
+            cells[_AT["ready_at_us"]] = 0
         for (kind, key), at in self._index.items():
             if kind != IN:
                 continue
@@ -236,6 +240,8 @@ class Ledger:
             if not key.startswith(JOURNAL):
                 cells[at + IN_LOST] += unsettled
             cells[at + IN_RECEIVED] -= unsettled
+            if was_retired:
+                cells[at + IN_EPOCH] = cells[at + IN_LAST] = 0
 
 
 def _records(memory: mmap.mmap | bytes) -> Iterator[tuple[int, str, int]]:
@@ -376,6 +382,22 @@ def view_of(name: str, ledger: Ledger) -> LedgerView:
     view = _view(name, ledger.snapshot())
     assert view is not None
     return view
+
+
+def retire(path: Path) -> None:
+    """
+    Note that nobody will go on with a ledger: what its agent does not hear any more is no loss.
+
+    Its agent has ended. A successor all the same begins to listen anew.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.pwrite(descriptor, (1).to_bytes(_CELL, "little"), _AT["retired"] * _CELL)
+    finally:
+        os.close(descriptor)
 
 
 def read_ledgers(directory: Path) -> dict[str, LedgerView]:

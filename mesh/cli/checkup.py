@@ -21,7 +21,7 @@ from mesh.cli.place import CONF, Place, directory_option, json_option, settings_
 from mesh.config import MessageBusConfig
 from mesh.errors import ConfigurationError, MeshError
 from mesh.rundir import MAX_SOCKET_PATH
-from mesh.supervision.boot import INFRASTRUCTURE, REQUIRED, programs_of, script_of
+from mesh.supervision.conf import INFRASTRUCTURE, REQUIRED, programs_of, script_of
 from mesh.supervision.supervisord import SupervisorClient
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.card import read_cards
 from mesh.ledger import LedgerView, LinkAccount, account, read_ledgers
-from mesh.supervision.boot import INFRASTRUCTURE, last_words
+from mesh.supervision.boot import last_words
+from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from mesh.cli.signals import stop_signals, unless, until_exit
 from mesh.cli.starting import ready, tell_failures
 from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
+from mesh.supervision.conf import read_replicas
 from mesh.supervision.supervisord import SupervisorClient, SupervisorError
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ async def _up(
             rundir,
             params=params,
             agents=agents,
+            replicas=read_replicas(rundir),
             broker_type=broker_type,
             with_redis=with_redis,
             on_wait=say.note,

@@ -28,6 +28,7 @@ from mesh.codec import MAX_FRAME_BYTES
 from mesh.ledger import In, LedgerView, read_ledger
 from mesh.rundir import RunDir
 from mesh.supervision import boot
+from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.supervisord import SupervisorClient
 from tests.faults.account import Account
 from tests.faults.frames import HEARD, Frames, is_private
@@ -339,7 +340,7 @@ def _write_project(project: Path) -> None:
     """Write a supervisord.conf with the mesh's own programs and one agent."""
     parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
     parser.read(ROOT / "supervisord.conf")
-    own = {f"program:{name}" for name in boot.INFRASTRUCTURE}
+    own = {f"program:{name}" for name in INFRASTRUCTURE}
     model = dict(parser["program:risk"])
     for section in parser.sections():
         if section.startswith("program:") and section not in own:
