@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from mesh.rundir import RunDir
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 MAX_BEAT_BYTES = 4096
 #: What the monitor answers when sources may speak.
 GATE_OPEN = b"\x81\xa4gate\xa4open"
+#: What it says when the journal has something for an agent that another one held.
+LOOK = b"\x81\xa7journal\xa4look"
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +93,8 @@ class BeatSender:
         self.rejected = 0
         #: Set when the monitor says that all agents are READY.
         self.gate_open = asyncio.Event()
+        #: Called when the monitor says that the journal has something.
+        self.on_look: Callable[[], None] | None = None
 
     async def __aenter__(self) -> Self:
         """Bind the agent's own socket and listen on it."""
@@ -152,5 +157,8 @@ class BeatSender:
             return
         if word == GATE_OPEN:
             self.gate_open.set()
+        elif word == LOOK:
+            if self.on_look is not None:
+                self.on_look()
         else:
             self.rejected += 1

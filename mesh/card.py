@@ -22,6 +22,10 @@ class Card(Value, frozen=True, kw_only=True):
     says: tuple[str, ...]
     started_at_s: float
     state: str
+    #: What replicas of one agent share; empty: what the name says.
+    group: str = ""
+    #: What it hears durably.
+    durable: tuple[str, ...] = ()
 
 
 def write_card(rundir: RunDir, card: Card) -> None:
@@ -30,6 +34,14 @@ def write_card(rundir: RunDir, card: Card) -> None:
     draft = path.with_name(f".{path.name}.{card.pid}")
     draft.write_bytes(msgspec.json.encode(card))
     draft.replace(path)
+
+
+def read_card(rundir: RunDir, name: str) -> Card | None:
+    """Read one agent's card; None when it has none yet."""
+    try:
+        return msgspec.json.decode(rundir.card(name).read_bytes(), type=Card)
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 def read_cards(rundir: RunDir) -> dict[str, Card]:

@@ -192,6 +192,11 @@ class EventConsumer:
                 return
             await asyncio.sleep(0)
 
+    def look(self) -> None:
+        """Look into the journal again: another replica has left something there."""
+        if self._intake is not None:
+            self._intake.journal.wake()
+
     # -- what others ask -----------------------------------------------------------------------
 
     def queued(self) -> int:

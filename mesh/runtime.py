@@ -32,7 +32,7 @@ from mesh.errors import (
     ConfigurationError,
     MeshError,
 )
-from mesh.events import EventType
+from mesh.events import EventType, is_durable
 from mesh.factory import make_broker
 from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.loading import load_agent
@@ -186,6 +186,7 @@ class _AgentProcess:
         async with BeatSender(launch.rundir, launch.name) as beats:
             if not launch.gated:
                 beats.gate_open.set()
+            beats.on_look = self._on_look
             async with asyncio.TaskGroup() as tasks:
                 beating = tasks.create_task(self._beat(beats), name="beat")
                 code = await self._live(beats)
@@ -198,6 +199,10 @@ class _AgentProcess:
             # The second one means it: what is unfinished is not waited for
             os._exit(EXIT_BUG)
         self._stop.set()
+
+    def _on_look(self) -> None:
+        if self._agent is not None:
+            self._agent.consumer.look()
 
     async def _live(self, beats: BeatSender) -> int:
         launch = self._launch
@@ -323,7 +328,9 @@ class _AgentProcess:
                 name=launch.name,
                 pid=os.getpid(),
                 script=launch.script,
+                group=launch.group or group_of(launch.name),
                 hears=tuple(launch.kind.hears()),
+                durable=tuple(filter(is_durable, launch.kind.hears())),
                 says=tuple(says),
                 started_at_s=self._started_s,
                 state=state,

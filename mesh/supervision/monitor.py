@@ -33,6 +33,7 @@ from mesh.ledger import STATES, Ledger
 from mesh.logs import set_up_logging
 from mesh.rundir import RunDir
 from mesh.supervision.beats import Beat, BeatListener
+from mesh.supervision.freeing import Freer
 from mesh.supervision.gate import is_open
 from mesh.supervision.liveness import LivenessConfig, Sighting, choose, judge, silence_s
 from mesh.supervision.supervisord import (
@@ -89,12 +90,17 @@ class Monitor:
         self._gate_open = False
         self._observing_since_s = time.monotonic()
         self._last_kill_s = 0.0
+        #: Set when it is time to look, although the pause is not over.
+        self._nudge = asyncio.Event()
         self._complained: set[tuple[str, int, str]] = set()
         self.turned_s = time.monotonic()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Watch until told to stop."""
-        async with BeatListener(self._rundir, self._hear) as self._listener:
+        async with (
+            BeatListener(self._rundir, self._hear) as self._listener,
+            Freer(self._rundir, self._listener.tell, self._nudge.set) as self._freer,
+        ):
             self._ledger.set("ready_at_us", time.time_ns() // 1000)
             self._ledger.set("state", STATES.index("ready"))
             async with asyncio.TaskGroup() as tasks:
@@ -137,7 +143,10 @@ class Monitor:
             self._ledger.set("beat_mono_ms", int(now_s * 1000))
             await self._look(tasks)
             planned_s = time.monotonic() + LOOK_EVERY_S
-            await asyncio.sleep(LOOK_EVERY_S)
+            self._nudge.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._nudge.wait()
 
     async def _look(self, tasks: asyncio.TaskGroup) -> None:
         try:
@@ -146,6 +155,7 @@ class Monitor:
             self._complain_once("supervisord", 0, str(error))
             return
         now_s = time.monotonic()
+        self._freer.watch(self._programs)
         self._forget(now_s)
         self._count_rejected()
         self._try_gate()

@@ -10,7 +10,7 @@ from tests.plumbing.sources import files_under, imports_of, modules_of_mesh, nam
 # `package.*` stands for a package and all in it, whose modules may know each other.
 FLOORS: list[tuple[str, list[set[str]]]] = [
     ("12 faces", [{"cli.*", "dashboard.*", "testing.*"}]),
-    ("11 process", [{"launch"}, {"runtime", "inprocess"}, {"card", "loading"}]),
+    ("11 process", [{"launch"}, {"runtime", "inprocess"}, {"loading"}]),
     ("10 agent", [{"agent"}]),
     ("9 supervision", [{"supervision.*"}]),
     ("8 assembly", [{"factory"}]),
@@ -32,7 +32,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
         "2 pure tools",
         [
             {"codec", "filters", "retry", "stats", "telemetry"},
-            {"beats", "causality", "deadletters", "ledger", "process"},
+            {"beats", "card", "causality", "deadletters", "ledger", "process"},
         ],
     ),
     ("1 words", [{"events", "logs", "rundir"}, {"replicas", "topics"}]),
