@@ -96,10 +96,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("script", help="a Python file with one Agent class")
     parser.add_argument("--name", help="the agent's name (default: MESH_AGENT, or the file's name)")
     options = parser.parse_args(argv)
-    return guarded(lambda: _start(_load(options.script), options.script, options.name))
+    return guarded(lambda: _start(load_script(options.script), options.script, options.name))
 
 
-def _load(script: str) -> type[Agent]:
+def load_script(script: str) -> type[Agent]:
+    """
+    Give the agent class of a script; a `run` at the script's end starts nothing.
+
+    Raises:
+        AgentScriptError: It holds no agent that can run.
+    """
     global _loading
     _loading = True
     try:
@@ -208,6 +214,8 @@ class _AgentProcess:
         launch = self._launch
         broker = make_broker(launch.config, launch.rundir.path)
         agent = self._agent = self._make(beats, broker)
+        # Before anything is held: should this process die, it is known what of
+        self._write_card("starting")
         try:
             if not await self._unless_stopped(broker.connect()):
                 return 0

@@ -8,8 +8,8 @@ import sys
 import click
 
 from mesh.cli import say
-from mesh.cli.place import Place, directory_option
-from mesh.cli.starting import ready, tell_failures
+from mesh.cli.place import Place, directory_option, settings_of
+from mesh.cli.starting import declare_durable_groups, ready, tell_failures
 from mesh.errors import EXIT_BUG
 from mesh.ledger import read_ledgers
 from mesh.replicas import MARK, MAX_REPLICAS
@@ -50,6 +50,7 @@ async def _scale(place: Place, name: str, count: int, *, sources: bool) -> int:
             f"{name} has a source, which would say everything once a replica;"
             " if that is meant, add --sources"
         )
+    await declare_durable_groups(place, settings_of(rundir), [name])
     added, removed = await boot.scale(place.project, rundir, name, count)
     if removed:
         say.line(f"drained and gone: {', '.join(removed)}")
