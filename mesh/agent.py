@@ -174,7 +174,8 @@ class Agent:
     """
     Base class of agents. Override nothing to begin with; mark methods.
 
-    Class attributes that may be set: `name`, `concurrency`, `overflow`, `buffer_size`, `start`.
+    Class attributes that may be set: `name`, `concurrency`, `overflow`, `buffer_size`, `start`,
+    `shared`.
     """
 
     #: Default: what the process was started as, else the script's name.
@@ -185,6 +186,8 @@ class Agent:
     overflow: ClassVar[str | None] = None
     #: Events that may wait; default: the settings'.
     buffer_size: ClassVar[int | None] = None
+    #: Replicas share its live events, each key going to one; False: each replica hears all of them.
+    shared: ClassVar[bool] = True
     #: Where this agent begins with durable types it has never heard: ``now`` or ``earliest``.
     start: ClassVar[str] = "now"
 

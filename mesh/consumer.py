@@ -27,12 +27,15 @@ from mesh.ledger import (
     IN_EPOCH,
     IN_LAST,
     IN_LOST,
+    IN_PASSED,
     IN_RECEIVED,
     IN_SETTLED,
     JOURNAL,
     Ledger,
 )
 from mesh.logs import say_once
+from mesh.replicas import slot_of
+from mesh.sharing import leave_to_others
 from mesh.slots import Slots
 from mesh.topics import check_topic
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from mesh.broker import MessageBroker
     from mesh.deadletters import DeadLetter
     from mesh.handlers import EventHandlerRegistry
+    from mesh.replicas import Roster
 
 __all__ = ["ConsumerConfig", "EventConsumer"]
 
@@ -94,6 +98,8 @@ class EventConsumer:
         self._slots = Slots(
             config, self.ledger, self.dead_letters, self._state, self._settle, self._resume
         )
+        #: Of live events, only keys in these slots are handled here; None: all.
+        self._slots_of_mine: frozenset[int] | None = None
         self._started = False
         self._stopped = False
 
@@ -192,6 +198,12 @@ class EventConsumer:
                 return
             await asyncio.sleep(0)
 
+    def share(self, roster: Roster) -> None:
+        """Handle from now on only those live events that a roster gives to this agent."""
+        alone = roster.before == roster.after == (self.agent_name,)
+        self._slots_of_mine = None if alone else roster.slots_of(self.agent_name)
+        self.ledger.set("shared", 1)
+
     def look(self) -> None:
         """Look into the journal again: another replica has left something there."""
         if self._intake is not None:
@@ -270,6 +282,8 @@ class EventConsumer:
             batch = codec.decode_frame(topic, frame, route.schema)
         except FrameError as error:
             self._cells[_REJECTED_FRAMES] += 1
+            if self._slots_of_mine is not None and slot_of(frame) not in self._slots_of_mine:
+                return
             self._reject(topic, error.reason, str(error), frame)
             return
         at = self._links.get((batch.publisher, topic))
@@ -284,6 +298,10 @@ class EventConsumer:
         if batch.epoch:
             arrived = self._check_sequence(at, batch)
         cells = self._cells
+        if self._slots_of_mine is not None:
+            passed = leave_to_others(batch, self._slots_of_mine)
+            cells[at + IN_PASSED] += passed
+            arrived -= passed
         cells[at + IN_RECEIVED] += arrived
         if batch.rejected:
             for reason, words, raw in batch.rejected:
@@ -309,10 +327,12 @@ class EventConsumer:
         missing = batch.first - last - 1
         if missing > 0:
             # The frame claims it, whoever sent it: a sum that fits whatever is claimed
-            cells[at + IN_LOST] = min(cells[at + IN_LOST] + missing, codec.MAX_SEQUENCE)
+            where = at + (IN_LOST if self._slots_of_mine is None else IN_PASSED)
+            cells[where] = min(cells[where] + missing, codec.MAX_SEQUENCE)
             _log.warning(
-                "%s lost %d events of %s on %s (numbers %d to %d)",
+                "%s %s %d events of %s on %s (numbers %d to %d)",
                 self.agent_name,
+                "lost" if self._slots_of_mine is None else "missed, for itself and other replicas,",
                 missing,
                 batch.publisher,
                 batch.topic,

@@ -23,6 +23,7 @@ import time
 from typing import TYPE_CHECKING
 
 from mesh.errors import ConfigurationError
+from mesh.replicas import group_of
 from mesh.values import Value, field
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ HEADER = (
     "frames",
     "rejected_frames",
     "retired",
+    "shared",
 )
 _AT = {name: 2 + index for index, name in enumerate(HEADER)}
 
@@ -79,6 +81,9 @@ OUT_EPOCH, OUT_SEQUENCE, OUT_BEGAN = 0, 1, 2
 # Values of an IN record. Durable events are counted under the publisher `JOURNAL`, without epoch,
 # last and lost: the journal knows what is outstanding, and loses nothing.
 IN_EPOCH, IN_LAST, IN_RECEIVED, IN_LOST, IN_SETTLED, IN_DROPPED = 0, 1, 2, 3, 4, 5
+#: What other replicas handle, and - where events are shared - what was missed: the group's account
+#: tells how much of that was lost.
+IN_PASSED = 6
 
 
 class Ledger:
@@ -277,6 +282,7 @@ class In(Value, frozen=True):
     lost: int
     settled: int
     dropped: int
+    passed: int = 0
 
 
 class LedgerView(Value, frozen=True):
@@ -297,6 +303,10 @@ class LedgerView(Value, frozen=True):
     frames: int
     rejected_frames: int
     sources: str
+    #: Nobody goes on with it.
+    retired: bool
+    #: It shares live events with other replicas.
+    shared: bool
     dropped: Mapping[str, int]
     out: Mapping[str, Out]
     in_: Mapping[tuple[str, str], In]
@@ -352,7 +362,7 @@ def _view(name: str, raw: bytes) -> LedgerView | None:
             out[key] = Out(*cells[at : at + 3].tolist())
         elif kind == IN:
             publisher, _, topic = key.partition("\0")
-            heard[publisher, topic] = In(*cells[at : at + 6].tolist())
+            heard[publisher, topic] = In(*cells[at : at + 7].tolist())
         else:
             counts[key] = cells[at]
     return LedgerView(
@@ -370,6 +380,8 @@ def _view(name: str, raw: bytes) -> LedgerView | None:
         frames=head["frames"],
         rejected_frames=head["rejected_frames"],
         sources=SOURCES[head["sources"]],
+        retired=bool(head["retired"]),
+        shared=bool(head["shared"]),
         dropped=counts,
         out=out,
         in_=heard,
@@ -462,20 +474,22 @@ def account(
     """
     links: dict[str, LinkAccount] = {}
     published: dict[str, int] = {}
+    groups = _sharing(views)
     for publisher in views.values():
         for topic, said in publisher.out.items():
             published[topic] = published.get(topic, 0) + said.sequence
-            for subscriber in views.values() if said.epoch else ():
-                heard = subscriber.in_.get((publisher.name, topic))
-                if heard is None:
-                    heard = _never_heard(subscriber, topic, said, hears or {})
-                if heard is not None:
-                    name = f"{publisher.name}>{topic}>{subscriber.name}"
-                    links[name] = _link(said, heard, settled=settled)
+            for name, subscribers in groups.items() if said.epoch else ():
+                ears = _heard(subscribers, publisher.name, topic, said, hears or {})
+                if ears:
+                    links[f"{publisher.name}>{topic}>{name}"] = (
+                        _shared_link(said, ears, settled=settled)
+                        if ears[0][0].shared
+                        else _link(said, *ears[0], settled=settled)
+                    )
     for subscriber in views.values():
         for (publisher_name, topic), heard in subscriber.in_.items():
             if publisher_name == JOURNAL:
-                unfinished = heard.received - heard.settled
+                unfinished = 0 if subscriber.retired else heard.received - heard.settled
                 links[f"{JOURNAL}>{topic}>{subscriber.name}"] = LinkAccount(
                     published=published.get(topic, 0),
                     received=heard.received,
@@ -495,7 +509,58 @@ def _never_heard(
     return None
 
 
-def _link(said: Out, heard: In, *, settled: bool) -> LinkAccount:
+def _sharing(views: Mapping[str, LedgerView]) -> dict[str, list[LedgerView]]:
+    """Join replicas that share what they hear under their group's name; others stand alone."""
+    groups: dict[str, list[LedgerView]] = {}
+    for view in views.values():
+        groups.setdefault(group_of(view.name) if view.shared else view.name, []).append(view)
+    return groups
+
+
+def _heard(
+    subscribers: list[LedgerView],
+    publisher: str,
+    topic: str,
+    said: Out,
+    hears: Mapping[str, frozenset[str]],
+) -> list[tuple[LedgerView, In]]:
+    found = []
+    for subscriber in subscribers:
+        heard = subscriber.in_.get((publisher, topic))
+        if heard is None and not subscriber.retired:
+            heard = _never_heard(subscriber, topic, said, hears)
+        if heard is not None:
+            found.append((subscriber, heard))
+    return found
+
+
+def _shared_link(said: Out, heard: list[tuple[LedgerView, In]], *, settled: bool) -> LinkAccount:
+    """
+    Account for what replicas share: nobody handles an event twice, so the sum tells what is lost.
+
+    Of what it did not take, a replica does not know whether another one did.
+    """
+    current = [each for view, each in heard if not view.retired]
+    same = [each for _, each in heard if each.epoch == said.epoch]
+    # A retired one's inbox went with it
+    received = sum(each.settled if view.retired else each.received for view, each in heard)
+    unfinished = sum(each.received - each.settled for each in current)
+    # What was said before the first of them listened was not meant for them
+    base = min((each.last - each.received - each.passed - each.lost for each in same), default=0)
+    lasts = [each.last if each.epoch == said.epoch else 0 for each in current]
+    seen = said.sequence if settled else min(lasts, default=said.sequence)
+    return LinkAccount(
+        published=said.sequence,
+        received=received,
+        lost=max(0, seen - max(0, base) - received),
+        in_flight=unfinished + said.sequence - seen,
+    )
+
+
+def _link(said: Out, view: LedgerView, heard: In, *, settled: bool) -> LinkAccount:
+    if view.retired:
+        lost = heard.lost + heard.received - heard.settled
+        return LinkAccount(said.sequence, heard.received, lost, 0)
     # A newer epoch means the publisher's ledger was begun anew: nothing of it was seen yet
     last = heard.last if heard.epoch == said.epoch else 0
     under_way = max(0, said.sequence - last)
@@ -537,6 +602,8 @@ class Backlog:
                     said[name, key] = ledger.cells[at + OUT_SEQUENCE]
         waiting = 0
         for ledger in self._mapped.values():
+            if ledger.cells[_AT["retired"]]:
+                continue
             for kind, key, at in ledger.records():
                 if kind == IN:
                     cells = ledger.cells

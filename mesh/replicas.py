@@ -49,9 +49,9 @@ def number_of(name: str) -> int:
     return int(number) if number.isdigit() else 1
 
 
-def slot_of(key: str) -> int:
-    """Give the slot of a key, or of the id of an event without one."""
-    return zlib.crc32(key.encode()) % SLOTS
+def slot_of(key: str | bytes) -> int:
+    """Give the slot of a key, of the id of an event without one, or of bytes that are no event."""
+    return zlib.crc32(key.encode() if isinstance(key, str) else key) % SLOTS
 
 
 def slots_of(member: str, members: Iterable[str]) -> frozenset[int]:

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,8 @@ from mesh.factory import make_broker
 from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.loading import load_agent
 from mesh.logs import set_up_logging
-from mesh.replicas import group_of
+from mesh.replicas import Roster, group_of
+from mesh.rosters import read_rosters
 from mesh.rundir import RunDir
 from mesh.telemetry import tracing_middleware
 from mesh.values import Value
@@ -182,6 +184,7 @@ class _AgentProcess:
         self._ledger = Ledger.open(launch.rundir.ledger(launch.name))
         self._lag_s = 0.0
         self._started_s = time.time()
+        self._roster = self._first_roster()
 
     async def main(self) -> int:
         """Run until told to stop; the agent's own end by an error is exit code 70."""
@@ -193,6 +196,7 @@ class _AgentProcess:
             if not launch.gated:
                 beats.gate_open.set()
             beats.on_look = self._on_look
+            beats.on_roster = partial(self._on_roster, beats)
             async with asyncio.TaskGroup() as tasks:
                 beating = tasks.create_task(self._beat(beats), name="beat")
                 code = await self._live(beats)
@@ -206,6 +210,25 @@ class _AgentProcess:
             os._exit(EXIT_BUG)
         self._stop.set()
 
+    def _first_roster(self) -> Roster | None:
+        """Share nothing until the monitor says what, where others may have it meanwhile."""
+        name, group = self._launch.name, group_of(self._launch.name)
+        if not self._launch.gated:
+            return None
+        if name == group and group not in read_rosters(self._launch.rundir):
+            return None
+        return Roster(0, (), ())
+
+    def _on_roster(self, beats: BeatSender, roster: Roster) -> None:
+        if self._roster is None or roster.version > self._roster.version:
+            self._roster = roster
+            self._share()
+        beats.send(self._beat_now(beats))
+
+    def _share(self) -> None:
+        if self._roster is not None and self._agent is not None and self._launch.kind.shared:
+            self._agent.consumer.share(self._roster)
+
     def _on_look(self) -> None:
         if self._agent is not None:
             self._agent.consumer.look()
@@ -214,6 +237,7 @@ class _AgentProcess:
         launch = self._launch
         broker = make_broker(launch.config, launch.rundir.path)
         agent = self._agent = self._make(beats, broker)
+        self._share()
         # Before anything is held: should this process die, it is known what of
         self._write_card("starting")
         try:
@@ -227,6 +251,11 @@ class _AgentProcess:
             return await self._work(agent)
         finally:
             self._write_card("draining")
+            if self._roster is not None:
+                # Said only when it is so: others take over what was this one's
+                self._roster = Roster(self._roster.version, (), ())
+                self._share()
+            self._ledger.set("state", STATES.index("draining"))
             beats.send(self._beat_now(beats))
             await agent.close()
             await broker.close()
@@ -325,6 +354,7 @@ class _AgentProcess:
             dropped=sum(ledger.counts().values()),
             needs_restart=agent.consumer.is_stuck() if agent else False,
             sources=SOURCES[ledger.get("sources")],
+            roster=0 if self._roster is None else self._roster.version,
         )
 
     def _write_card(self, state: str) -> None:

@@ -347,6 +347,7 @@ def _clear(rundir: RunDir) -> None:
         ("ledger", "*"),
         ("agents", "*"),
         ("run", "*.sock*"),
+        ("run", "rosters.json"),
         ("log", "*.out*"),
     ):
         for path in (rundir.path / folder).glob(pattern):

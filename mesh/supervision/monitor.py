@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mesh import process
+from mesh.beats import roster_word
 from mesh.env import is_supervised
 from mesh.errors import (
     EXIT_BUG,
@@ -31,11 +32,13 @@ from mesh.errors import (
 )
 from mesh.ledger import STATES, Ledger
 from mesh.logs import set_up_logging
+from mesh.rosters import read_rosters, write_rosters
 from mesh.rundir import RunDir
 from mesh.supervision.beats import Beat, BeatListener
 from mesh.supervision.freeing import Freer
 from mesh.supervision.gate import is_open
 from mesh.supervision.liveness import LivenessConfig, Sighting, choose, judge, silence_s
+from mesh.supervision.sharing import Rosters, Seen
 from mesh.supervision.supervisord import (
     ProcessInfo,
     SupervisorClient,
@@ -90,6 +93,7 @@ class Monitor:
         self._gate_open = False
         self._observing_since_s = time.monotonic()
         self._last_kill_s = 0.0
+        self._rosters = Rosters(read_rosters(rundir))
         #: Set when it is time to look, although the pause is not over.
         self._nudge = asyncio.Event()
         self._complained: set[tuple[str, int, str]] = set()
@@ -112,7 +116,10 @@ class Monitor:
         key = (beat.name, beat.pid)
         if key not in self._beats and len(self._beats) >= _MAX_BEATERS:
             return False
+        before, _ = self._beats.get(key, (None, 0.0))
         self._beats[key] = (beat, time.monotonic())
+        if before is not None and (before.roster, before.state) != (beat.roster, beat.state):
+            self._share()
         # The beat that says READY may be the one that completes the mesh: no need to wait a round
         if self._gate_open and beat.state == "ready":
             self._open_gate(beat)
@@ -157,6 +164,7 @@ class Monitor:
         now_s = time.monotonic()
         self._freer.watch(self._programs)
         self._forget(now_s)
+        self._share()
         self._count_rejected()
         self._try_gate()
         sightings = self._sightings(now_s)
@@ -182,11 +190,38 @@ class Monitor:
         if self._gate_open:
             return
         ready = {key for key, (beat, _) in self._beats.items() if beat.state == "ready"}
-        if is_open(self._programs, ready):
+        settled = self._rosters.is_settled(each.name for each in self._programs)
+        if settled and is_open(self._programs, ready):
             self._gate_open = True
             _log.info("all agents are READY: sources may speak")
             for beat, _ in self._beats.values():
                 self._open_gate(beat)
+
+    def _share(self) -> None:
+        """Say who shares what, where an agent has replicas."""
+        before = dict(self._rosters.current)
+        words = self._rosters.turn(
+            map(self._seen, (each for each in self._programs if each.pid)),
+            now_ms=time.time_ns() // 1_000_000,
+            patient=time.monotonic() - self._observing_since_s < self._config.suspect_s,
+        )
+        if self._rosters.current != before:
+            # Before it is said: who begins now reads it
+            with contextlib.suppress(OSError):
+                write_rosters(self._rundir, self._rosters.current)
+            _log.info("live events are shared: %s", self._rosters.current)
+        for name, roster in words:
+            self._listener.tell(name, roster_word(roster))
+
+    def _seen(self, program: ProcessInfo) -> Seen:
+        beat, _ = self._beats.get((program.name, program.pid), (None, 0.0))
+        return Seen(
+            name=program.name,
+            ready=beat is not None and beat.state == "ready",
+            draining=beat is not None and beat.state in ("draining", "stopped"),
+            silent=beat is None,
+            version=0 if beat is None else beat.roster,
+        )
 
     def _sightings(self, now_s: float) -> dict[str, Sighting]:
         sightings: dict[str, Sighting] = {}

@@ -20,7 +20,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
         [
             {"requests"},
             {"publisher", "consumer", "workers"},
-            {"intake", "outbox", "slots"},
+            {"intake", "outbox", "sharing", "slots"},
             {"consumer_config"},
         ],
     ),
@@ -32,7 +32,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
         "2 pure tools",
         [
             {"codec", "filters", "retry", "stats", "telemetry"},
-            {"beats", "card", "causality", "deadletters", "ledger", "process"},
+            {"beats", "card", "causality", "deadletters", "ledger", "process", "rosters"},
         ],
     ),
     ("1 words", [{"events", "logs", "rundir"}, {"replicas", "topics"}]),
@@ -56,7 +56,7 @@ DOORS = {
     # The language of values here; still, who needs bytes from values asks the codec
     "msgspec": {
         "beats", "card", "codec", "context", "deadletters", "events", "handlers", "publisher",
-        "slots", "supervision.*", "survey", "telemetry", "values",
+        "rosters", "slots", "supervision.*", "survey", "telemetry", "values",
     },
     "opentelemetry": {"telemetry"},
     "pytest": {"testing.*"},
