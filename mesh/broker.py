@@ -173,13 +173,13 @@ class MessageBroker(ABC):
         """Let this process's journal look again when another process has appended to a topic."""
         journal = await self.open_journal()
         if journal.on_append is not None:
-            await self.attach([_wake_topic(topic) for topic in topics], _Waker(journal))
+            await self.attach([wake_topic(topic) for topic in topics], _Waker(journal))
 
     def _tell_readers(self, topics: Collection[str]) -> None:
         # A fabric that is away or full loses a wake-up; readers look once a second all the same
         with contextlib.suppress(MeshError):
             for topic in topics:
-                self.try_send(_wake_topic(topic), b"!")
+                self.try_send(wake_topic(topic), b"!")
 
     async def send(self, topic: str, frame: bytes, timeout_s: float = PUBLISH_TIMEOUT_S) -> None:
         """
@@ -269,7 +269,8 @@ class MessageBroker(ABC):
         await self.close()
 
 
-def _wake_topic(topic: str) -> str:
+def wake_topic(topic: str) -> str:
+    """Give the topic of the news that the journal holds more of another topic."""
     # Cut where a topic is too long; whoever is woken for another one's sake looks in vain once
     return (WAKE_PREFIX + topic)[:MAX_TOPIC_LENGTH]
 

@@ -401,6 +401,8 @@ class EventConsumer:
         return topics | set(self.registry.topics_of(self.agent_name))
 
     def _durable_topics(self) -> set[str]:
+        if self.config.live_only:
+            return set()
         return {topic for topic in self._topics() if is_durable(topic)}
 
     def _count_dropped(self, dropped: list[tuple[int, int]]) -> None:

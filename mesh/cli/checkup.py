@@ -249,6 +249,9 @@ def _socket(rundir: RunDir, name: str) -> Row:
 
 def _topics(rundir: RunDir) -> Iterator[Row]:
     for name, topic in topics_of(rundir).items():
+        if topic.disagreement is not None:
+            remedy = "import one declaration; the same LEGION_DURABLE_EVENTS for all; mesh restart"
+            yield Row("topic", "fail", f"{name} is {topic.disagreement}", remedy)
         if topic.orphan is None:
             continue
         who = ", ".join(topic.said_by or topic.heard_by)

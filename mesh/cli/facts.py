@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.card import read_cards
 from mesh.ledger import LedgerView, LinkAccount, account, read_ledgers
+from mesh.replicas import group_of, number_of
 from mesh.supervision.boot import last_words
 from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
@@ -26,6 +27,8 @@ class ProgramFacts:
     """How one program is doing."""
 
     name: str
+    #: The agent of which it is a replica: itself, mostly.
+    group: str
     #: ready, starting, silent, failed or stopped.
     state: str
     #: supervisord's word: RUNNING, BACKOFF, FATAL, ...
@@ -51,6 +54,17 @@ class ProgramFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupFacts:
+    """How all replicas of one agent are doing."""
+
+    replicas: int
+    ready: int
+    handled: int
+    failed: int
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
 class MeshFacts:
     """How a mesh is doing."""
 
@@ -66,6 +80,28 @@ class MeshFacts:
         """List what is wrong, in words."""
         return [f"{each.name}: {words}" for each in self.programs for words in each.problems]
 
+    @property
+    def groups(self) -> dict[str, GroupFacts]:
+        """Sum up the replicas of each agent that has several."""
+        found: dict[str, list[ProgramFacts]] = {}
+        for each in self.programs:
+            found.setdefault(each.group, []).append(each)
+        return {
+            group: GroupFacts(
+                replicas=len(members),
+                ready=sum(each.ready for each in members),
+                handled=sum(each.handled for each in members),
+                failed=sum(each.failed for each in members),
+                lost=sum(
+                    link.lost
+                    for name, link in self.links.items()
+                    if name.rpartition(">")[2] in {group, *(each.name for each in members)}
+                ),
+            )
+            for group, members in found.items()
+            if len(members) > 1
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Give the facts as plain data."""
         return {
@@ -77,6 +113,7 @@ class MeshFacts:
             "in_flight": self.in_flight,
             "lost_by_link": {name: link.lost for name, link in self.links.items() if link.lost},
             "programs": [asdict(each) for each in self.programs],
+            "groups": {name: asdict(each) for name, each in self.groups.items()},
             "links": {name: link.to_dict() for name, link in self.links.items()},
         }
 
@@ -96,10 +133,22 @@ async def look(rundir: RunDir) -> MeshFacts:
     return MeshFacts(
         directory=str(rundir.path),
         supervisor_pid=await client.pid(),
-        programs=[_facts(rundir, each, views.get(each.name)) for each in processes],
+        programs=[_facts(rundir, each, views.get(each.name)) for each in _in_order(processes)],
         links=dict(joined.links),
         lost=joined.lost,
         in_flight=joined.in_flight,
+    )
+
+
+def _in_order(processes: list[ProcessInfo]) -> list[ProcessInfo]:
+    """Put replicas behind their agent."""
+    places = {each.name: place for place, each in enumerate(processes)}
+    return sorted(
+        processes,
+        key=lambda each: (
+            places.get(group_of(each.name), places[each.name]),
+            number_of(each.name),
+        ),
     )
 
 
@@ -116,6 +165,7 @@ def _facts(rundir: RunDir, process: ProcessInfo, view: LedgerView | None) -> Pro
     )
     return ProgramFacts(
         name=process.name,
+        group=group_of(process.name),
         state=_state(process, ready=ready, age_s=age_s),
         supervisor_state=process.state,
         pid=process.pid or None,

@@ -59,6 +59,11 @@ def _show(facts: MeshFacts) -> None:
         [[row[at] for at in kept] for row in rows],
         [_colour(each) for each in facts.programs],
     )
+    for name, group in facts.groups.items():
+        say.line(
+            f"{name}: {group.ready} of {group.replicas} replicas READY,"
+            f" {group.handled} handled, {group.lost} lost"
+        )
     losing = {name: link for name, link in facts.links.items() if link.lost}
     if losing:
         say.table(
@@ -88,7 +93,7 @@ def _worth_showing(rows: list[tuple[object, ...]]) -> list[int]:
 
 def _row(each: ProgramFacts) -> tuple[object, ...]:
     return (
-        each.name,
+        each.name if each.name == each.group else f"  {each.name}",
         each.state,
         each.pid,
         None if each.uptime_s is None else say.duration(each.uptime_s),

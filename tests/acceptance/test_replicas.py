@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ import pytest
 
 from mesh import EventPublisher, PublisherConfig, event_type
 from mesh.brokers.zeromq import ZeroMQMessageBroker
-from tests.plumbing.processes import ROOT, Finished, eventually, run_mesh
+from mesh.ledger import read_ledgers
+from tests.plumbing.processes import MESH, ROOT, Finished, eventually, run_mesh, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,6 +34,7 @@ ORDER = event_type("desk.order", durable=True)
 DESK = """
 import asyncio
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -222,3 +225,82 @@ async def test_an_event_in_the_hands_of_a_killed_replica_is_done_in_a_moment(
         after = await pids(project)
         assert {name for name in after if after[name] != before[name]} == {victim}
         assert (await state_of(journal))["count.book"] == 1
+
+
+async def test_the_command_line_says_and_shows_what_agents_hear_durably(
+    project: Path, own_mesh_dir: Path
+) -> None:
+    """The type's declaration is not known there: the agents' cards tell."""
+    async with mesh_up(project), joined(own_mesh_dir) as (_, journal):
+        words = (MESH, "tail", "desk.order", "--json", "-n", "2")
+        async with running(*words, cwd=project) as tailing:
+            assert tailing.stderr is not None
+            await tailing.stderr.readuntil(b"Ctrl-C ends\n")
+            for number in (1, 2):
+                told = await mesh(
+                    project, "publish", "desk.order", f'{{"n": {number}}}', "--key", "book"
+                )
+            out, _err = await tailing.communicate()
+        agents = json.loads((await mesh(project, "agents", "--json")).out)
+
+        assert "heard by desk" in told.out
+        shown = [json.loads(line)["data"]["n"] for line in out.splitlines()]
+        assert shown == [1, 2]
+        assert {view.group for view in await journal.groups()} == {"desk"}
+        assert agents["agents"]["desk"]["durable"] == ["desk.order"]
+        assert agents["topics"]["desk.order"]["durable"]
+        assert agents["topics"]["desk.order"]["disagreement"] is None
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    """The example's agents, whose quotes travel live."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(ROOT / "agents", folder / "agents", ignore=shutil.ignore_patterns("__py*"))
+    shutil.copy(ROOT / "supervisord.conf", folder)
+    return folder
+
+
+@pytest.mark.fault
+async def test_live_events_are_shared_and_the_account_closes(
+    pipeline: Path, own_mesh_dir: Path
+) -> None:
+    """Each quote is handled by one replica, or counted as lost, whoever comes, goes or dies."""
+    quotes = 12_000
+    await mesh(pipeline, "up", "-d", "--param", "speed=900", "--param", f"bars={quotes}")
+    try:
+        before = await pids(pipeline)
+        refused = await asyncio.to_thread(run_mesh, "scale", "market_data", "2", cwd=pipeline)
+        await mesh(pipeline, "scale", "features", "3")
+        three = await programs(pipeline)
+        os.kill(three["features@2"]["pid"], signal.SIGKILL)
+        await mesh(pipeline, "scale", "features", "2")
+
+        async def is_over() -> Any:
+            told = await asyncio.to_thread(run_mesh, "status", "--json", cwd=pipeline)
+            facts = json.loads(told.out)
+            rows = {row["name"]: row for row in facts["programs"]}
+            return rows["market_data"]["sources"] == "done" and not facts["in_flight"] and facts
+
+        facts = await eventually(is_over, within_s=60)
+        link = facts["links"]["market_data>market.data.received>features"]
+        assert link["published"] == quotes
+        assert link["received"] + link["lost"] == quotes
+        views = read_ledgers(own_mesh_dir / "ledger").values()
+        answers = sum(
+            view.out["features.computed"].sequence
+            for view in views
+            if "features.computed" in view.out
+        )
+        assert answers == link["received"]
+        assert facts["groups"]["features"]["replicas"] == 2
+        assert facts["groups"]["features"]["lost"] == link["lost"]
+        assert {
+            name: pid for name, pid in (await pids(pipeline)).items() if name in before
+        } == before
+        assert refused.code == 2
+        assert "has a source" in refused.err
+        shown = (await asyncio.to_thread(run_mesh, "status", cwd=pipeline)).out
+        assert "features: 2 of 2 replicas READY" in shown
+    finally:
+        await mesh(pipeline, "down")
