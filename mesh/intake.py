@@ -16,6 +16,7 @@ import asyncio
 import logging
 from collections import Counter
 from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from mesh import codec
@@ -44,6 +45,9 @@ _READ_WAIT_S = 5.0
 #: Pauses while the journal does not answer.
 _OUTAGE = RetryPolicy(first_delay_s=0.05, max_delay_s=2.0)
 _REPLAY_PREFIX = f"{PRIVATE_PREFIX}replay."
+
+
+_topic_of = attrgetter("topic")
 
 
 def replay_topic(group: str) -> str:
@@ -146,10 +150,12 @@ class DurableIntake:
 
     def settle(self, step: Step) -> None:
         """Commit a step soon, after all that came before it."""
-        merge_state(self.state, step.state)
+        if step.state:
+            merge_state(self.state, step.state)
         self._steps.append(step)
-        self._emptied.clear()
-        self._filled.set()
+        if not self._filled.is_set():
+            self._emptied.clear()
+            self._filled.set()
 
     def note_committed(self, step: Step) -> None:
         """Take over what a step changed that somebody else has committed."""
@@ -216,7 +222,7 @@ class DurableIntake:
             for tenure, of_tenure in groupby(deliveries, key=lambda each: each.tenure):
                 if tenure != self._tenure:
                     await self._begin_tenure(tenure)
-                for topic, group in groupby(of_tenure, key=lambda each: each.topic):
+                for topic, group in groupby(of_tenure, key=_topic_of):
                     self._receive(topic, list(group))
 
     async def _begin_tenure(self, tenure: int | str) -> None:
@@ -342,20 +348,25 @@ class DurableIntake:
         if self._away:
             self._away = False
             _log.warning("%s: the journal is back", self.group)
-        cells = self._ledger.cells
-        refused_ids = set(map(id, refused))
-        for step in steps:
-            for delivery in step.acks:
-                self._out.pop((delivery.topic, delivery.position), None)
-                at = self._ledger.link(JOURNAL, delivery.topic)
-                if id(step) in refused_ids:
-                    cells[at + IN_RECEIVED] -= 1
-                else:
-                    cells[at + IN_SETTLED] += 1
-        self._count_said([step for step in steps if id(step) not in refused_ids])
+        self._count_settled(steps, IN_SETTLED)
+        if refused:
+            # Received and settled by somebody else
+            self._count_settled(refused, IN_RECEIVED, -1)
+            self._count_settled(refused, IN_SETTLED, -1)
+            refused_ids = set(map(id, refused))
+            steps = [step for step in steps if id(step) not in refused_ids]
+        self._count_said(steps)
         if not self._out:
             self._back.set()
         return refused
+
+    def _count_settled(self, steps: Sequence[Step], cell: int, sign: int = 1) -> None:
+        acks = [delivery for step in steps for delivery in step.acks]
+        out = self._out
+        for delivery in acks:
+            out.pop((delivery.topic, delivery.position), None)
+        for topic, amount in Counter(map(_topic_of, acks)).items():
+            self._ledger.cells[self._ledger.link(JOURNAL, topic) + cell] += sign * amount
 
     def _count_said(self, steps: Sequence[Step]) -> None:
         said = Counter(record.topic for step in steps for record in step.records)
