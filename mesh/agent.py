@@ -30,6 +30,7 @@ from mesh.handlers import EventHandlerRegistry, HandlerPriority, signature_of
 from mesh.ledger import SOURCES, STATES, Backlog, Ledger
 from mesh.middleware.filter import only
 from mesh.publisher import EventPublisher, PublisherConfig
+from mesh.replicas import MAX_REPLICAS
 from mesh.requests import Requester
 from mesh.topics import check_topic
 from mesh.values import Value, field
@@ -175,7 +176,7 @@ class Agent:
     Base class of agents. Override nothing to begin with; mark methods.
 
     Class attributes that may be set: `name`, `concurrency`, `overflow`, `buffer_size`, `start`,
-    `shared`.
+    `shared`, `max_replicas`.
     """
 
     #: Default: what the process was started as, else the script's name.
@@ -188,6 +189,8 @@ class Agent:
     buffer_size: ClassVar[int | None] = None
     #: Replicas share its live events, each key going to one; False: each replica hears all of them.
     shared: ClassVar[bool] = True
+    #: How many replicas there may be; 1 for who keeps what belongs to several keys together.
+    max_replicas: ClassVar[int] = MAX_REPLICAS
     #: Where this agent begins with durable types it has never heard: ``now`` or ``earliest``.
     start: ClassVar[str] = "now"
 

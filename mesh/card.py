@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mesh.replicas import MAX_REPLICAS
 from mesh.values import Value
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class Card(Value, frozen=True, kw_only=True):
     group: str = ""
     #: What it hears durably.
     durable: tuple[str, ...] = ()
+    #: How many replicas there may be.
+    max_replicas: int = MAX_REPLICAS
 
 
 def write_card(rundir: RunDir, card: Card) -> None:

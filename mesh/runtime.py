@@ -372,6 +372,7 @@ class _AgentProcess:
                 script=launch.script,
                 group=launch.group or group_of(launch.name),
                 hears=tuple(launch.kind.hears()),
+                max_replicas=launch.kind.max_replicas,
                 durable=tuple(filter(is_durable, launch.kind.hears())),
                 says=tuple(says),
                 started_at_s=self._started_s,

@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from mesh.card import read_card
 from mesh.cli import say
 from mesh.cli.place import Place, directory_option, settings_of
 from mesh.cli.starting import declare_durable_groups, ready, tell_failures
@@ -44,6 +45,9 @@ async def _scale(place: Place, name: str, count: int, *, sources: bool) -> int:
     client = SupervisorClient(rundir.socket("supervisor"))
     known = [each.name for each in await client.processes()]
     _check(name, known)
+    card = read_card(rundir, name)
+    if card is not None and count > card.max_replicas:
+        raise click.UsageError(f"{name} says that there may be {card.max_replicas} of it at most")
     view = read_ledgers(rundir.ledgers).get(name)
     if view is not None and view.sources != "none" and count > 1 and not sources:
         raise click.UsageError(

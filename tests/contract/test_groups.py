@@ -20,6 +20,7 @@ from mesh import (
     on,
 )
 from mesh.brokers.memory import InMemoryMessageBroker
+from mesh.brokers.redis import RedisMessageBroker
 from mesh.brokers.zeromq import ZeroMQMessageBroker
 from mesh.replicas import replica_name
 from tests.plumbing.processes import end_forwarder, eventually
@@ -38,8 +39,11 @@ KEYS = [f"customer-{number}" for number in range(24)]
 class Fabric:
     """Gives each replica a broker, as its process would have one, where several can be joined."""
 
-    def __init__(self, kind: str, directory: Path, exits: AsyncExitStack) -> None:
+    def __init__(
+        self, kind: str, directory: Path, exits: AsyncExitStack, redis_url: str | None = None
+    ) -> None:
         self._kind = kind
+        self._redis_url = redis_url
         self._directory = directory
         self._exits = exits
         self._made: MessageBroker | None = None
@@ -49,13 +53,16 @@ class Fabric:
             if self._made is None:
                 self._made = await self._exits.enter_async_context(InMemoryMessageBroker())
             return self._made
+        if self._redis_url is not None:
+            return await self._exits.enter_async_context(RedisMessageBroker(url=self._redis_url))
         return await self._exits.enter_async_context(ZeroMQMessageBroker(self._directory))
 
 
-@pytest.fixture(params=["memory", "zmq"])
+@pytest.fixture(params=["memory", "zmq", pytest.param("redis", marks=pytest.mark.redis)])
 async def fabric(request: pytest.FixtureRequest, own_mesh_dir: Path) -> AsyncIterator[Fabric]:
     async with AsyncExitStack() as exits:
-        yield Fabric(request.param, own_mesh_dir, exits)
+        url = request.getfixturevalue("redis_url") if request.param == "redis" else None
+        yield Fabric(request.param, own_mesh_dir, exits, url)
     if request.param == "zmq":
         end_forwarder(own_mesh_dir)
 
