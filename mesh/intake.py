@@ -48,6 +48,7 @@ _REPLAY_PREFIX = f"{PRIVATE_PREFIX}replay."
 
 
 _topic_of = attrgetter("topic")
+_tenure_of = attrgetter("tenure")
 
 
 def replay_topic(group: str) -> str:
@@ -121,6 +122,8 @@ class DurableIntake:
         self._emptied.set()
         #: Handed to the slots and not settled, by the journal's name of the place.
         self._out: dict[tuple[str, int | str], Delivery] = {}
+        #: Read, and not handed to the slots yet.
+        self._read_ahead = 0
         #: Set when none of them is left.
         self._back = asyncio.Event()
         #: That of the last delivery: see `Delivery.tenure`.
@@ -164,7 +167,7 @@ class DurableIntake:
 
     def unsettled(self) -> int:
         """Count what was handed to the slots and is not committed."""
-        return len(self._out)
+        return len(self._out) + self._read_ahead
 
     async def committed(self) -> None:
         """Return when all steps given so far are committed."""
@@ -219,11 +222,13 @@ class DurableIntake:
                 await self._wait_out(error, tries)
                 continue
             tries = 0
-            for tenure, of_tenure in groupby(deliveries, key=lambda each: each.tenure):
+            self._read_ahead = len(deliveries)
+            for tenure, of_tenure in groupby(deliveries, key=_tenure_of):
                 if tenure != self._tenure:
                     await self._begin_tenure(tenure)
                 for topic, group in groupby(of_tenure, key=_topic_of):
                     self._receive(topic, list(group))
+            self._read_ahead = 0
 
     async def _begin_tenure(self, tenure: int | str) -> None:
         """Load the state anew, for others may have changed it; what is under way goes first."""

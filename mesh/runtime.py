@@ -183,6 +183,8 @@ class _AgentProcess:
         self._stop = asyncio.Event()
         self._agent: Agent | None = None
         self._ledger = Ledger.open(launch.rundir.ledger(launch.name))
+        # Not what a killed predecessor has left there
+        self._ledger.set("state", STATES.index("starting"))
         self._lag_s = 0.0
         self._host = socket.gethostname()
         self._started_s = time.time()
@@ -222,6 +224,8 @@ class _AgentProcess:
         return Roster(0, (), ())
 
     def _on_roster(self, beats: BeatSender, roster: Roster) -> None:
+        if _state(self._ledger) in ("draining", "stopped"):
+            return  # others take over what was this one's
         if self._roster is None or roster.version > self._roster.version:
             self._roster = roster
             self._share()
@@ -254,7 +258,7 @@ class _AgentProcess:
         finally:
             self._write_card("draining")
             if self._roster is not None:
-                # Said only when it is so: others take over what was this one's
+                # Said only when it is so
                 self._roster = Roster(self._roster.version, (), ())
                 self._share()
             self._ledger.set("state", STATES.index("draining"))

@@ -6,14 +6,17 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mesh.account import LinkAccount, account
 from mesh.card import read_cards
-from mesh.ledger import LedgerView, LinkAccount, account, read_ledgers
+from mesh.ledger import LedgerView, read_ledgers
 from mesh.replicas import group_of, number_of
 from mesh.supervision.boot import last_words
 from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mesh.rundir import RunDir
 
 #: What the forwarder counts and nobody misses.
@@ -74,33 +77,13 @@ class MeshFacts:
     links: dict[str, LinkAccount]
     lost: int
     in_flight: int
+    #: Agents with several replicas.
+    groups: dict[str, GroupFacts]
 
     @property
     def problems(self) -> list[str]:
         """List what is wrong, in words."""
         return [f"{each.name}: {words}" for each in self.programs for words in each.problems]
-
-    @property
-    def groups(self) -> dict[str, GroupFacts]:
-        """Sum up the replicas of each agent that has several."""
-        found: dict[str, list[ProgramFacts]] = {}
-        for each in self.programs:
-            found.setdefault(each.group, []).append(each)
-        return {
-            group: GroupFacts(
-                replicas=len(members),
-                ready=sum(each.ready for each in members),
-                handled=sum(each.handled for each in members),
-                failed=sum(each.failed for each in members),
-                lost=sum(
-                    link.lost
-                    for name, link in self.links.items()
-                    if name.rpartition(">")[2] in {group, *(each.name for each in members)}
-                ),
-            )
-            for group, members in found.items()
-            if len(members) > 1
-        }
 
     def to_dict(self) -> dict[str, Any]:
         """Give the facts as plain data."""
@@ -130,14 +113,42 @@ async def look(rundir: RunDir) -> MeshFacts:
     views = read_ledgers(rundir.ledgers)
     hears = {name: frozenset(card.hears) for name, card in read_cards(rundir).items()}
     joined = account(views, hears)
+    programs = [_facts(rundir, each, views.get(each.name)) for each in _in_order(processes)]
     return MeshFacts(
         directory=str(rundir.path),
         supervisor_pid=await client.pid(),
-        programs=[_facts(rundir, each, views.get(each.name)) for each in _in_order(processes)],
+        programs=programs,
         links=dict(joined.links),
         lost=joined.lost,
         in_flight=joined.in_flight,
+        groups=_groups(programs, views, joined.links),
     )
+
+
+def _groups(
+    programs: list[ProgramFacts],
+    views: Mapping[str, LedgerView],
+    links: Mapping[str, LinkAccount],
+) -> dict[str, GroupFacts]:
+    """Sum up the replicas of each agent that has several; what scaled-away ones did counts, too."""
+    found: dict[str, list[ProgramFacts]] = {}
+    for each in programs:
+        found.setdefault(each.group, []).append(each)
+    return {
+        group: GroupFacts(
+            replicas=len(members),
+            ready=sum(each.ready for each in members),
+            handled=sum(view.handled for name, view in views.items() if group_of(name) == group),
+            failed=sum(view.failed for name, view in views.items() if group_of(name) == group),
+            lost=sum(
+                link.lost
+                for name, link in links.items()
+                if group_of(name.rpartition(">")[2]) == group
+            ),
+        )
+        for group, members in found.items()
+        if len(members) > 1
+    }
 
 
 def _in_order(processes: list[ProcessInfo]) -> list[ProcessInfo]:

@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mesh.errors import AlreadyRunningError, MeshError
-from mesh.ledger import account, read_ledgers, retire
+from mesh.account import account
+from mesh.errors import AlreadyRunningError, ConfigurationError, MeshError
+from mesh.ledger import read_ledgers, retire
 from mesh.replicas import group_of, replica_names
 from mesh.supervision.conf import (
     INFRASTRUCTURE,
@@ -216,7 +217,15 @@ async def scale(
 
     Returns:
         The programs that were added and removed.
+
+    Raises:
+        ConfigurationError: The mesh was not started by `up`.
     """
+    if not rendered_programs(rundir):
+        raise ConfigurationError(
+            f"the mesh in {rundir.path} was started by supervisord alone, which reads the project's"
+            " supervisord.conf; replicas need a mesh that `mesh up` has started"
+        )
     client = SupervisorClient(rundir.socket("supervisor"))
     wanted = replica_names(name, count)
     there = [each.name for each in await client.processes() if group_of(each.name) == name]

@@ -199,6 +199,8 @@ class Monitor:
 
     def _share(self) -> None:
         """Say who shares what, where an agent has replicas."""
+        if not self._programs:
+            return  # not looked yet: nobody is known to be gone
         before = dict(self._rosters.current)
         words = self._rosters.turn(
             map(self._seen, (each for each in self._programs if each.pid)),

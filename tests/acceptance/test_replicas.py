@@ -300,6 +300,9 @@ async def test_live_events_are_shared_and_the_account_closes(
         } == before
         assert refused.code == 2
         assert "has a source" in refused.err
+        for words in (("risk", "2"), ("features@2", "3"), ("monitor", "2"), ("nobody", "2")):
+            told = await asyncio.to_thread(run_mesh, "scale", *words, cwd=pipeline)
+            assert told.code == 2, told
         shown = (await asyncio.to_thread(run_mesh, "status", cwd=pipeline)).out
         assert "features: 2 of 2 replicas READY" in shown
     finally:

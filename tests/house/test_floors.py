@@ -31,7 +31,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
     (
         "2 pure tools",
         [
-            {"codec", "filters", "retry", "stats", "telemetry"},
+            {"account", "codec", "filters", "retry", "stats", "telemetry"},
             {"beats", "card", "causality", "deadletters", "ledger", "process", "rosters"},
         ],
     ),

@@ -17,7 +17,8 @@ from mesh import (
     InMemoryMessageBroker,
     PublisherConfig,
 )
-from mesh.ledger import Ledger, LinkAccount, account, read_ledgers, retire
+from mesh.account import LinkAccount, account
+from mesh.ledger import Ledger, read_ledgers, retire
 from mesh.replicas import Roster, replica_names
 
 if TYPE_CHECKING:
