@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from mesh import EventPublisher, PublisherConfig, event_type
+from mesh.brokers.redis import RedisMessageBroker
 from mesh.brokers.zeromq import ZeroMQMessageBroker
 from mesh.ledger import read_ledgers
 from tests.plumbing.processes import MESH, ROOT, Finished, eventually, run_mesh, running
@@ -125,7 +126,9 @@ async def pids(project: Path) -> dict[str, int]:
 
 @contextlib.asynccontextmanager
 async def joined(home: Path) -> AsyncIterator[tuple[EventPublisher, Journal]]:
-    async with ZeroMQMessageBroker(home) as broker:
+    url = os.environ.get("REDIS_URL")
+    made = ZeroMQMessageBroker(home) if url is None else RedisMessageBroker(url=url)
+    async with made as broker:
         publisher = EventPublisher(PublisherConfig(agent_name="till", broker=broker))
         yield publisher, await broker.open_journal()
         await publisher.close()
@@ -193,11 +196,26 @@ async def test_the_number_of_replicas_outlives_the_mesh(project: Path) -> None:
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("restarts", [True, False])
+@pytest.mark.parametrize(
+    ("fabric", "restarts"),
+    [
+        ("zmq", True),
+        ("zmq", False),
+        pytest.param("redis", False, marks=pytest.mark.redis),
+    ],
+)
 async def test_an_event_in_the_hands_of_a_killed_replica_is_done_in_a_moment(
-    project: Path, own_mesh_dir: Path, restarts: bool
+    project: Path,
+    own_mesh_dir: Path,
+    fabric: str,
+    restarts: bool,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By its successor, or - while that one cannot start - by another; no lease is waited for."""
+    if fabric == "redis":
+        monkeypatch.setenv("LEGION_BROKER_TYPE", "redis")
+        monkeypatch.setenv("REDIS_URL", request.getfixturevalue("redis_url"))
     async with mesh_up(project), joined(own_mesh_dir) as (publisher, journal):
         await mesh(project, "scale", "desk", "2")
         await publisher.publish(ORDER, {"n": -1}, key="book")
