@@ -46,6 +46,8 @@ class Book:
 class PortfolioAgent(Agent):
     """Hears fills, says positions and profit; answers for its account."""
 
+    max_replicas = 1  # one account holds over all symbols
+
     async def setup(self) -> None:
         kept = self.ctx.state.get("account", {})
         self.books = {symbol: Book(**book) for symbol, book in kept.get("books", {}).items()}

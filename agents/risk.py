@@ -20,6 +20,8 @@ _HOUR = timedelta(hours=1)
 class Risk(Agent):
     """Hears signals, says approvals, rejections and breaches."""
 
+    max_replicas = 1  # limits hold over all symbols
+
     async def setup(self) -> None:
         settings = Settings(self.params)
         self.size = settings.whole("size", 1, 1, 10**9)

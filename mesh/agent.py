@@ -30,6 +30,7 @@ from mesh.handlers import EventHandlerRegistry, HandlerPriority, signature_of
 from mesh.ledger import SOURCES, STATES, Backlog, Ledger
 from mesh.middleware.filter import only
 from mesh.publisher import EventPublisher, PublisherConfig
+from mesh.replicas import MAX_REPLICAS
 from mesh.requests import Requester
 from mesh.topics import check_topic
 from mesh.values import Value, field
@@ -174,7 +175,8 @@ class Agent:
     """
     Base class of agents. Override nothing to begin with; mark methods.
 
-    Class attributes that may be set: `name`, `concurrency`, `overflow`, `buffer_size`, `start`.
+    Class attributes that may be set: `name`, `concurrency`, `overflow`, `buffer_size`, `start`,
+    `shared`, `max_replicas`.
     """
 
     #: Default: what the process was started as, else the script's name.
@@ -185,6 +187,10 @@ class Agent:
     overflow: ClassVar[str | None] = None
     #: Events that may wait; default: the settings'.
     buffer_size: ClassVar[int | None] = None
+    #: Replicas share its live events, each key going to one; False: each replica hears all of them.
+    shared: ClassVar[bool] = True
+    #: How many replicas there may be; 1 for who keeps what belongs to several keys together.
+    max_replicas: ClassVar[int] = MAX_REPLICAS
     #: Where this agent begins with durable types it has never heard: ``now`` or ``earliest``.
     start: ClassVar[str] = "now"
 
@@ -212,7 +218,9 @@ class Agent:
         self.log = logging.getLogger(f"agent.{context.name}")
         self.registry = EventHandlerRegistry(context.middleware)
         config = context.config
-        self._dead_letters = context.dead_letters or DeadLetters(context.name, context.broker.bury)
+        self._dead_letters = context.dead_letters or DeadLetters(
+            context.group or context.name, context.broker.bury
+        )
         self.publisher = EventPublisher(
             PublisherConfig(
                 agent_name=context.name,
@@ -248,6 +256,7 @@ class Agent:
                 log_events=config.log_events,
             )
         )
+        vars(self.consumer)["restore"] = self.restore
         self._requester = Requester(context.broker, self.publisher)
         #: Set once every source has returned; at once where there is none.
         self.sources_done = asyncio.Event()
@@ -258,6 +267,14 @@ class Agent:
 
     async def setup(self) -> None:
         """Override: prepare before the first event; raise ConfigurationError for bad settings."""
+
+    async def restore(self) -> None:
+        """
+        Override: take over `ctx.state`, which was loaded anew.
+
+        Called when events of other replicas come to this one; only who keeps parts of the state in
+        attributes needs it. At the start it is not called: call it in `setup`.
+        """
 
     async def teardown(self) -> None:
         """Override: clean up after the last event."""

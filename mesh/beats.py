@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
+from mesh.replicas import Roster
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from mesh.rundir import RunDir
@@ -23,6 +26,20 @@ if TYPE_CHECKING:
 MAX_BEAT_BYTES = 4096
 #: What the monitor answers when sources may speak.
 GATE_OPEN = b"\x81\xa4gate\xa4open"
+#: What it says when the journal has something for an agent that another one held.
+LOOK = b"\x81\xa7journal\xa4look"
+_pack = msgspec.msgpack.Encoder().encode
+
+
+class _RosterWord(msgspec.Struct, frozen=True):
+    """The monitor says who shares a group's live events."""
+
+    roster: Roster
+
+
+def roster_word(roster: Roster) -> bytes:
+    """Give the word in which the monitor says a roster."""
+    return _pack(_RosterWord(roster))
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +64,8 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     #: A cancelled handler does not end: only a restart helps.
     needs_restart: bool = False
     sources: str = "none"
+    #: The version of the roster it acts on.
+    roster: int = 0
 
     def facts(self) -> dict[str, Any]:
         """Give the beat as the payload of an AGENT_HEARTBEAT event."""
@@ -54,8 +73,8 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
         return facts
 
 
-_pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(Beat).decode
+_unpack_roster = msgspec.msgpack.Decoder(_RosterWord).decode
 
 
 def decode_beat(raw: bytes) -> Beat | None:
@@ -90,6 +109,10 @@ class BeatSender:
         self.rejected = 0
         #: Set when the monitor says that all agents are READY.
         self.gate_open = asyncio.Event()
+        #: Called when the monitor says that the journal has something.
+        self.on_look: Callable[[], None] | None = None
+        #: Called when it says who shares the live events of this agent's group.
+        self.on_roster: Callable[[Roster], None] | None = None
 
     async def __aenter__(self) -> Self:
         """Bind the agent's own socket and listen on it."""
@@ -152,5 +175,17 @@ class BeatSender:
             return
         if word == GATE_OPEN:
             self.gate_open.set()
+        elif word == LOOK:
+            if self.on_look is not None:
+                self.on_look()
         else:
+            self._read_roster(word)
+
+    def _read_roster(self, word: bytes) -> None:
+        try:
+            roster = _unpack_roster(word).roster
+        except (msgspec.MsgspecError, RecursionError, ValueError):
             self.rejected += 1
+            return
+        if self.on_roster is not None:
+            self.on_roster(roster)

@@ -188,7 +188,7 @@ class MessageBroker(ABC):
         """Let this process's journal look again when another process has appended to a topic."""
         journal = await self.open_journal()
         if self._wakes_readers:
-            await self.attach([_wake_topic(topic) for topic in topics], _Waker(journal))
+            await self.attach([wake_topic(topic) for topic in topics], _Waker(journal))
 
     async def hear_replays(self, group: str, receiver: Receiver) -> None:
         """
@@ -196,7 +196,7 @@ class MessageBroker(ABC):
 
         For agents that do not read the journal, and need not before that.
         """
-        await self.attach([_wake_topic(replay_topic(group))], receiver)
+        await self.attach([wake_topic(replay_topic(group))], receiver)
 
     async def awaits_replay(self, group: str) -> bool:
         """
@@ -217,7 +217,7 @@ class MessageBroker(ABC):
                 continue
             # A fabric that is away or full loses it; readers look once a second all the same
             with contextlib.suppress(MeshError):
-                self.try_send(_wake_topic(topic), b"!")
+                self.try_send(wake_topic(topic), b"!")
 
     async def send(self, topic: str, frame: bytes, timeout_s: float = PUBLISH_TIMEOUT_S) -> None:
         """
@@ -348,7 +348,8 @@ class MessageBroker(ABC):
         await self.close()
 
 
-def _wake_topic(topic: str) -> str:
+def wake_topic(topic: str) -> str:
+    """Give the topic of the news that the journal holds more of another topic."""
     # Cut where a topic is too long; whoever is woken for another one's sake looks in vain once
     return (WAKE_PREFIX + topic)[:MAX_TOPIC_LENGTH]
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mesh.replicas import MAX_REPLICAS
 from mesh.values import Value
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ class Card(Value, frozen=True, kw_only=True):
     says: tuple[str, ...]
     started_at_s: float
     state: str
+    #: What replicas of one agent share; empty: what the name says.
+    group: str = ""
+    #: What it hears durably.
+    durable: tuple[str, ...] = ()
+    #: How many replicas there may be.
+    max_replicas: int = MAX_REPLICAS
 
 
 def write_card(rundir: RunDir, card: Card) -> None:
@@ -30,6 +37,14 @@ def write_card(rundir: RunDir, card: Card) -> None:
     draft = path.with_name(f".{path.name}.{card.pid}")
     draft.write_bytes(msgspec.json.encode(card))
     draft.replace(path)
+
+
+def read_card(rundir: RunDir, name: str) -> Card | None:
+    """Read one agent's card; None when it has none yet."""
+    try:
+        return msgspec.json.decode(rundir.card(name).read_bytes(), type=Card)
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 def read_cards(rundir: RunDir) -> dict[str, Card]:

@@ -27,6 +27,7 @@ from mesh.ledger import (
     IN_EPOCH,
     IN_LAST,
     IN_LOST,
+    IN_PASSED,
     IN_RECEIVED,
     IN_SETTLED,
     JOURNAL,
@@ -34,6 +35,8 @@ from mesh.ledger import (
 )
 from mesh.logs import say_once
 from mesh.replay_bell import ReplayBell
+from mesh.replicas import slot_of
+from mesh.sharing import leave_to_others
 from mesh.slots import Slots
 from mesh.topics import check_topic
 
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from mesh.broker import MessageBroker
     from mesh.deadletters import DeadLetter
     from mesh.handlers import EventHandlerRegistry
+    from mesh.replicas import Roster
 
 __all__ = ["ConsumerConfig", "EventConsumer"]
 
@@ -85,9 +89,8 @@ class EventConsumer:
         self.registry: EventHandlerRegistry = config.handler_registry
         self.broker: MessageBroker = config.broker
         self.ledger = config.ledger or Ledger.in_memory()
-        self.dead_letters = config.dead_letters or DeadLetters(
-            config.agent_name, config.broker.bury
-        )
+        self.group = config.group or config.agent_name
+        self.dead_letters = config.dead_letters or DeadLetters(self.group, config.broker.bury)
         self._cells = self.ledger.cells
         self._links: dict[tuple[str, str], int] = {}
         self._routes: dict[str, _Route] = {}
@@ -99,11 +102,16 @@ class EventConsumer:
         self._slots = Slots(
             config, self.ledger, self.dead_letters, self._state, self._settle, self._resume
         )
+        #: Of live events, only keys in these slots are handled here; None: all.
+        self._slots_of_mine: frozenset[int] | None = None
         self._started = False
         self._stopped = False
 
     async def initialize(self) -> None:
         """Override: register handlers on `self.registry` under `self.agent_name`."""
+
+    async def restore(self) -> None:
+        """Override, or replace: the state was loaded anew, for other replicas have changed it."""
 
     async def prepare(self, *, keep_state: bool = False) -> None:
         """
@@ -123,15 +131,15 @@ class EventConsumer:
     async def _open_intake(self) -> None:
         if self._intake is not None:
             return
-        group = self.config.group or self.agent_name
         intake = DurableIntake(
             journal=await self.broker.open_journal(),
             broker=self.broker,
-            group=group,
+            group=self.group,
             consumer=self.agent_name,
             ledger=self.ledger,
             clock=self.config.clock,
             state=self._state,
+            restore=lambda: self.restore(),
             take=self._take,
             schema_of=lambda topic: self._route_of(topic).schema,
             bury=self._bury,
@@ -222,6 +230,17 @@ class EventConsumer:
                 return
             await asyncio.sleep(0)
 
+    def share(self, roster: Roster) -> None:
+        """Handle from now on only those live events that a roster gives to this agent."""
+        alone = roster.before == roster.after == (self.agent_name,)
+        self._slots_of_mine = None if alone else roster.slots_of(self.agent_name)
+        self.ledger.set("shared", 1)
+
+    def look(self) -> None:
+        """Look into the journal again: another replica has left something there."""
+        if self._intake is not None:
+            self._intake.journal.wake()
+
     # -- what others ask -----------------------------------------------------------------------
 
     def queued(self) -> int:
@@ -262,7 +281,7 @@ class EventConsumer:
                 " `await self.keep_state()` in its setup"
             )
         return HandlerContext(
-            self.agent_name,
+            self.group,
             self._state,
             write_through=lambda name, raw: intake.settle(Step(state={name: raw})),
         )
@@ -295,6 +314,8 @@ class EventConsumer:
             batch = codec.decode_frame(topic, frame, route.schema)
         except FrameError as error:
             self._cells[_REJECTED_FRAMES] += 1
+            if self._slots_of_mine is not None and slot_of(frame) not in self._slots_of_mine:
+                return
             self._reject(topic, error.reason, str(error), frame)
             return
         at = self._links.get((batch.publisher, topic))
@@ -309,6 +330,10 @@ class EventConsumer:
         if batch.epoch:
             arrived = self._check_sequence(at, batch)
         cells = self._cells
+        if self._slots_of_mine is not None:
+            passed = leave_to_others(batch, self._slots_of_mine)
+            cells[at + IN_PASSED] += passed
+            arrived -= passed
         cells[at + IN_RECEIVED] += arrived
         if batch.rejected:
             for reason, words, raw in batch.rejected:
@@ -334,10 +359,12 @@ class EventConsumer:
         missing = batch.first - last - 1
         if missing > 0:
             # The frame claims it, whoever sent it: a sum that fits whatever is claimed
-            cells[at + IN_LOST] = min(cells[at + IN_LOST] + missing, codec.MAX_SEQUENCE)
+            where = at + (IN_LOST if self._slots_of_mine is None else IN_PASSED)
+            cells[where] = min(cells[where] + missing, codec.MAX_SEQUENCE)
             _log.warning(
-                "%s lost %d events of %s on %s (numbers %d to %d)",
+                "%s %s %d events of %s on %s (numbers %d to %d)",
                 self.agent_name,
+                "lost" if self._slots_of_mine is None else "missed, for itself and other replicas,",
                 missing,
                 batch.publisher,
                 batch.topic,
@@ -407,6 +434,8 @@ class EventConsumer:
         return topics | set(self.registry.topics_of(self.agent_name))
 
     def _durable_topics(self) -> set[str]:
+        if self.config.live_only:
+            return set()
         return {topic for topic in self._topics() if is_durable(topic)}
 
     def _count_dropped(self, dropped: list[tuple[int, int]]) -> None:

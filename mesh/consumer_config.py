@@ -38,8 +38,10 @@ class ConsumerConfig(Value, frozen=True, kw_only=True):
     handler_timeout_s: float = 30.0
     #: How long `stop` lets handlers finish.
     drain_timeout_s: float = 8.0
-    #: Agents of one group share its durable events; default: the agent's name.
+    #: Replicas of one agent share its events, its state and its dead letters; default: the name.
     group: str | None = None
+    #: Hear only what comes live: nothing of the journal's, in nobody's group.
+    live_only: bool = False
     #: Where a group that has never read begins: ``now`` or ``earliest``.
     start: str = "now"
     #: An event whose handling has killed its process so often is put aside.

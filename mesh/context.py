@@ -127,7 +127,7 @@ class HandlerContext:
     One event in the hands of one agent.
 
     Args:
-        agent_name: Whose handlers run.
+        agent_name: Whose handlers run; the same for all its replicas.
         known: The agent's committed state.
         event: What is handled; None in a step without an event (a source's).
         delivery: What the journal handed out; None for live events.

@@ -32,6 +32,11 @@ def agent_name() -> str | None:
     return os.environ.get("MESH_AGENT") or None
 
 
+def agent_group() -> str | None:
+    """Give the agent that this process is a replica of: MESH_GROUP."""
+    return os.environ.get("MESH_GROUP") or None
+
+
 def is_supervised() -> bool:
     """Say whether supervisord started this process."""
     return os.environ.get("MESH_SUPERVISED") == "1"

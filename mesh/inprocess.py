@@ -12,13 +12,14 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from mesh.account import Account, account
 from mesh.agent import Agent, AgentContext
 from mesh.brokers.memory import InMemoryMessageBroker
 from mesh.clock import SYSTEM_CLOCK
 from mesh.config import MessageBusConfig
 from mesh.errors import ConfigurationError
 from mesh.events import set_delivery
-from mesh.ledger import Account, Ledger, LedgerView, account, view_of
+from mesh.ledger import Ledger, LedgerView, view_of
 from mesh.loading import load_agent
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester

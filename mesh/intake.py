@@ -2,6 +2,10 @@
 The durable side of a consumer: it reads the journal, hands events to the slots, and commits the
 steps that come back, many in one transaction.
 
+The state belongs to the group, and each replica knows what it has loaded. A replica that gets
+partitions of another one commits what is under way and loads the state anew, before it hands out
+what lies in them.
+
 Handlers run ahead of the commits: a step that is under way holds nobody up, and at most
 `MAX_UNSETTLED` events are. When the journal is away, steps wait here and reading stops by itself.
 """
@@ -25,7 +29,7 @@ from mesh.retry import RetryPolicy
 from mesh.topics import REPLAY_PREFIX, replay_topic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from mesh.broker import MessageBroker
     from mesh.clock import Clock
@@ -44,6 +48,7 @@ _OUTAGE = RetryPolicy(first_delay_s=0.05, max_delay_s=2.0)
 
 
 _topic_of = attrgetter("topic")
+_tenure_of = attrgetter("tenure")
 
 
 class Kept(NamedTuple):
@@ -68,6 +73,7 @@ class DurableIntake:
         ledger: Where events are counted.
         clock: Pauses between tries.
         state: The group's state as this process knows it: committed, or about to be.
+        restore: Called when the state was loaded anew.
         take: Hands events on to the slots; must not block.
         schema_of: The class in which a topic's handlers want payloads.
         bury: Makes a dead letter of bytes that are no event.
@@ -83,6 +89,7 @@ class DurableIntake:
         ledger: Ledger,
         clock: Clock,
         state: dict[str, bytes],
+        restore: Callable[[], Awaitable[None]],
         take: Callable[[Kept], None],
         schema_of: Callable[[str], type | None],
         bury: Callable[[str, str, str, bytes], DeadLetter],
@@ -95,6 +102,7 @@ class DurableIntake:
         self._broker = broker
         self._ledger = ledger
         self._clock = clock
+        self._restore = restore
         self._take = take
         self._schema_of = schema_of
         self._bury = bury
@@ -102,12 +110,19 @@ class DurableIntake:
         self._tasks: list[asyncio.Task[None]] = []
         self._reader: asyncio.Task[None] | None = None
         self._steps: list[Step] = []
-        self._committing = 0
+        #: Taken from `_steps`, and not committed yet.
+        self._committing: list[Step] = []
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
         self._emptied.set()
         #: Handed to the slots and not settled, by the journal's name of the place.
         self._out: dict[tuple[str, int | str], Delivery] = {}
+        #: Read, and not handed to the slots yet.
+        self._read_ahead = 0
+        #: Set when none of them is left.
+        self._back = asyncio.Event()
+        #: That of the last delivery: see `Delivery.tenure`.
+        self._tenure: int | str | None = None
         self._away = False
 
     async def open(self, topics: Collection[str], start: str) -> None:
@@ -147,7 +162,7 @@ class DurableIntake:
 
     def unsettled(self) -> int:
         """Count what was handed to the slots and is not committed."""
-        return len(self._out)
+        return len(self._out) + self._read_ahead
 
     async def committed(self) -> None:
         """Return when all steps given so far are committed."""
@@ -173,7 +188,7 @@ class DurableIntake:
             _log.warning(
                 "%s: %d durable steps could not be committed at the end; their events come again",
                 self.group,
-                len(self._steps) + self._committing,
+                len(self._steps) + len(self._committing),
             )
         for task in self._tasks:
             task.cancel()
@@ -202,9 +217,51 @@ class DurableIntake:
                 await self._wait_out(error, tries)
                 continue
             tries = 0
-            if deliveries:
-                for topic, group in groupby(deliveries, key=_topic_of):
+            self._read_ahead = len(deliveries)
+            for tenure, of_tenure in groupby(deliveries, key=_tenure_of):
+                if tenure != self._tenure:
+                    await self._begin_tenure(tenure)
+                for topic, group in groupby(of_tenure, key=_topic_of):
                     self._receive(topic, list(group))
+            self._read_ahead = 0
+
+    async def _begin_tenure(self, tenure: int | str) -> None:
+        """Load the state anew, for others may have changed it; what is under way goes first."""
+        while self._out or not self._emptied.is_set():
+            if self._out:
+                self._back.clear()
+                await self._back.wait()
+            await self._emptied.wait()
+        is_first, before = self._tenure is None, dict(self.state)
+        await self._load_state()
+        self._tenure = tenure
+        if not is_first or self.state != before:
+            while not await self._restored():
+                await self._clock.sleep(_OUTAGE.max_delay_s)
+
+    async def _load_state(self) -> None:
+        """Know what is committed, and what is about to be."""
+        tries = 0
+        while True:
+            try:
+                state = await self.journal.load_state(self.group)
+            except BrokerUnavailableError as error:
+                tries += 1
+                await self._wait_out(error, tries)
+                continue
+            break
+        self.state.clear()
+        self.state.update(state)
+        for step in (*self._committing, *self._steps):
+            merge_state(self.state, step.state)
+
+    async def _restored(self) -> bool:
+        try:
+            await self._restore()
+        except Exception:  # noqa: BLE001 - the agent's own code
+            _log.exception("%s could not take over the state that was loaded anew", self.consumer)
+            return False
+        return True
 
     def _receive(self, topic: str, deliveries: list[Delivery]) -> None:
         at = self._ledger.link(JOURNAL, topic)
@@ -268,16 +325,16 @@ class DurableIntake:
         while True:
             await self._filled.wait()
             self._filled.clear()
-            steps, self._steps = self._steps, []
-            self._committing = len(steps)
-            for begun in range(0, len(steps), MAX_UNSETTLED):
-                part = steps[begun : begun + MAX_UNSETTLED]
-                await self._commit_part(part)
-                self._committing -= len(part)
+            self._committing, self._steps = self._steps, []
+            while self._committing:
+                refused = await self._commit_part(self._committing[:MAX_UNSETTLED])
+                del self._committing[:MAX_UNSETTLED]
+                if refused:
+                    await self._forget_refused(refused)
             if not self._steps:
                 self._emptied.set()
 
-    async def _commit_part(self, steps: Sequence[Step]) -> None:
+    async def _commit_part(self, steps: Sequence[Step]) -> list[Step]:
         tries = 0
         while True:
             try:
@@ -298,8 +355,9 @@ class DurableIntake:
             refused_ids = set(map(id, refused))
             steps = [step for step in steps if id(step) not in refused_ids]
         self._count_said(steps)
-        if refused:
-            await self._forget_refused(refused)
+        if not self._out:
+            self._back.set()
+        return refused
 
     def _count_settled(self, steps: Sequence[Step], cell: int, sign: int = 1) -> None:
         acks = [delivery for step in steps for delivery in step.acks]
@@ -322,19 +380,21 @@ class DurableIntake:
             self.consumer,
             len(refused),
         )
-        state = await self.journal.load_state(self.group)
-        self.state.clear()
-        self.state.update(state)
-        for step in self._steps:
-            merge_state(self.state, step.state)
+        await self._load_state()
+        await self._restored()
 
     async def _renew(self) -> None:
+        """Keep what handlers work on, however long they take; only a blocked loop lets it go."""
+        tries = 0
         while True:
-            await self._clock.sleep(LEASE_S / 4)
+            if not tries:
+                await self._clock.sleep(LEASE_S / 4)
             try:
                 await self.journal.renew(self.group, self.consumer)
+                tries = 0
             except BrokerUnavailableError as error:
-                await self._wait_out(error, 1)
+                tries += 1
+                await self._wait_out(error, tries)
 
     async def _wait_out(self, error: BrokerUnavailableError, tries: int) -> None:
         if not self._away:

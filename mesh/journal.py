@@ -7,7 +7,8 @@ in `mesh.journals`; each passes the same suite (tests/contract) as far as its `f
 **Order.** Every event belongs to one of `PARTITIONS` partitions, by its key (by its id when it has
 none). A partition of a group belongs to one consumer at a time, which gets the partition's events
 in the order of their appending: so a key is never handled twice at once, and keeps its order over
-any number of replicas. Partitions move when a consumer joins, leaves, or dies.
+any number of replicas. Partitions move when a consumer joins, leaves, or dies; whoever gets one
+sees it by the `tenure` of its deliveries, and loads the group's state anew before it acts on them.
 
 **At least once.** What a consumer was handed stays its own until a `Step` settles it, it is given
 back, or the consumer's lease ends. Whoever takes it over gets such events alone, one a `read`, with
@@ -90,6 +91,9 @@ class Delivery(Value, frozen=True, eq=False, gc=False):
     deliveries: int = 1
     #: Handlers that have settled it already (see `Step.done`).
     done: frozenset[str] = frozenset()
+    #: Another than the last delivery's: partitions have come to the consumer meanwhile, and others
+    #: may have changed the group's state. What was loaded before is to be loaded anew.
+    tenure: int | str = 0
 
 
 class Step(State, eq=False):
@@ -266,6 +270,19 @@ class Journal(ABC):
         Its events are handed to the next that reads, counted as deliveries.
         """
 
+    async def free_process(self, group: str, consumer: str, pid: int) -> None:  # noqa: B027
+        """
+        Say that the process of a consumer is dead; a successor that has joined keeps what it owns.
+
+        An engine that cannot tell the two apart does nothing: the successor takes over when it
+        joins, and others when the lease ends.
+
+        Args:
+            group: Its group.
+            consumer: Its name.
+            pid: The process that called `read`, on this host.
+        """
+
     @abstractmethod
     def wake(self, topics: Collection[str] = ()) -> None:
         """Let waiting reads look again: another process appended (or freed) something."""
@@ -310,6 +327,13 @@ class Journal(ABC):
         limit: int = 1000,
     ) -> list[Stored]:
         """Give kept events, settled or not, the oldest first."""
+
+    async def newest(self) -> int | str | None:
+        """Give the place of the newest event, for a `scan` of what comes later; None: none."""
+        place: int | str | None = None
+        while page := await self.scan(after=place):
+            place = page[-1].position
+        return place
 
     @abstractmethod
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from mesh import codec
+from mesh.account import Account, account
 from mesh.card import read_cards
 from mesh.config import MessageBusConfig
 from mesh.errors import ConfigurationError, FrameError, MeshError
 from mesh.events import declarations
 from mesh.factory import make_broker
-from mesh.ledger import Account, Ledger, LedgerView, account, read_ledgers
+from mesh.ledger import Ledger, LedgerView, read_ledgers
 from mesh.loading import load_agent
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester

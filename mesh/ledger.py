@@ -23,7 +23,7 @@ import time
 from typing import TYPE_CHECKING
 
 from mesh.errors import ConfigurationError
-from mesh.values import Value, field
+from mesh.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -60,6 +60,8 @@ HEADER = (
     "restarts",
     "frames",
     "rejected_frames",
+    "retired",
+    "shared",
 )
 _AT = {name: 2 + index for index, name in enumerate(HEADER)}
 
@@ -78,6 +80,9 @@ OUT_EPOCH, OUT_SEQUENCE, OUT_BEGAN = 0, 1, 2
 # Values of an IN record. Durable events are counted under the publisher `JOURNAL`, without epoch,
 # last and lost: the journal knows what is outstanding, and loses nothing.
 IN_EPOCH, IN_LAST, IN_RECEIVED, IN_LOST, IN_SETTLED, IN_DROPPED = 0, 1, 2, 3, 4, 5
+#: What other replicas handle, and - where events are shared - what was missed: the group's account
+#: tells how much of that was lost.
+IN_PASSED = 6
 
 
 class Ledger:
@@ -230,6 +235,9 @@ class Ledger:
         for name in ("state", "sources", "beat_mono_ms"):
             cells[_AT[name]] = 0
         cells[_AT["pid"]] = os.getpid()
+        was_retired, cells[_AT["retired"]] = cells[_AT["retired"]], 0
+        if was_retired:
+            cells[_AT["ready_at_us"]] = 0
         for (kind, key), at in self._index.items():
             if kind != IN:
                 continue
@@ -239,6 +247,8 @@ class Ledger:
             if not key.startswith(JOURNAL):
                 cells[at + IN_LOST] += unsettled
             cells[at + IN_RECEIVED] -= unsettled
+            if was_retired:
+                cells[at + IN_EPOCH] = cells[at + IN_LAST] = 0
 
 
 def _records(memory: mmap.mmap | bytes) -> Iterator[tuple[int, str, int]]:
@@ -274,6 +284,7 @@ class In(Value, frozen=True):
     lost: int
     settled: int
     dropped: int
+    passed: int = 0
 
 
 class LedgerView(Value, frozen=True):
@@ -294,6 +305,10 @@ class LedgerView(Value, frozen=True):
     frames: int
     rejected_frames: int
     sources: str
+    #: Nobody goes on with it.
+    retired: bool
+    #: It shares live events with other replicas.
+    shared: bool
     dropped: Mapping[str, int]
     out: Mapping[str, Out]
     in_: Mapping[tuple[str, str], In]
@@ -349,7 +364,7 @@ def _view(name: str, raw: bytes) -> LedgerView | None:
             out[key] = Out(*cells[at : at + 3].tolist())
         elif kind == IN:
             publisher, _, topic = key.partition("\0")
-            heard[publisher, topic] = In(*cells[at : at + 6].tolist())
+            heard[publisher, topic] = In(*cells[at : at + 7].tolist())
         else:
             counts[key] = cells[at]
     return LedgerView(
@@ -367,6 +382,8 @@ def _view(name: str, raw: bytes) -> LedgerView | None:
         frames=head["frames"],
         rejected_frames=head["rejected_frames"],
         sources=SOURCES[head["sources"]],
+        retired=bool(head["retired"]),
+        shared=bool(head["shared"]),
         dropped=counts,
         out=out,
         in_=heard,
@@ -381,6 +398,22 @@ def view_of(name: str, ledger: Ledger) -> LedgerView:
     return view
 
 
+def retire(path: Path) -> None:
+    """
+    Note that nobody will go on with a ledger: what its agent does not hear any more is no loss.
+
+    Its agent has ended. A successor all the same begins to listen anew.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.pwrite(descriptor, (1).to_bytes(_CELL, "little"), _AT["retired"] * _CELL)
+    finally:
+        os.close(descriptor)
+
+
 def read_ledgers(directory: Path) -> dict[str, LedgerView]:
     """Read the ledgers of all agents of a mesh, by agent name."""
     views: dict[str, LedgerView] = {}
@@ -389,104 +422,6 @@ def read_ledgers(directory: Path) -> dict[str, LedgerView]:
         if view is not None:
             views[path.name] = view
     return views
-
-
-class LinkAccount(Value, frozen=True):
-    """The account of one publisher, topic and subscriber."""
-
-    published: int
-    received: int
-    lost: int
-    in_flight: int
-
-    def to_dict(self) -> dict[str, int]:
-        """Give the account as plain data."""
-        return {name: getattr(self, name) for name in self.__struct_fields__}
-
-
-class Account(Value, frozen=True):
-    """What became of every event of the mesh, from the ledgers alone."""
-
-    links: Mapping[str, LinkAccount] = field(default_factory=dict)
-    published: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def lost_by_link(self) -> dict[str, int]:
-        """Give the links that lost something."""
-        return {name: link.lost for name, link in self.links.items() if link.lost}
-
-    @property
-    def lost(self) -> int:
-        """Sum up what was lost on all links."""
-        return sum(link.lost for link in self.links.values())
-
-    @property
-    def in_flight(self) -> int:
-        """Sum up what was published and has neither been settled nor lost."""
-        return sum(link.in_flight for link in self.links.values())
-
-
-def account(
-    views: Mapping[str, LedgerView],
-    hears: Mapping[str, frozenset[str]] | None = None,
-    *,
-    settled: bool = False,
-) -> Account:
-    """
-    Join the ledgers of publishers and subscribers into one account.
-
-    Args:
-        views: Ledgers by agent name.
-        hears: Topics by agent name, to see links on which nothing ever arrived.
-        settled: True once the mesh is still: what a subscriber has not seen by now is lost, not
-            under way.
-    """
-    links: dict[str, LinkAccount] = {}
-    published: dict[str, int] = {}
-    for publisher in views.values():
-        for topic, said in publisher.out.items():
-            published[topic] = published.get(topic, 0) + said.sequence
-            for subscriber in views.values() if said.epoch else ():
-                heard = subscriber.in_.get((publisher.name, topic))
-                if heard is None:
-                    heard = _never_heard(subscriber, topic, said, hears or {})
-                if heard is not None:
-                    name = f"{publisher.name}>{topic}>{subscriber.name}"
-                    links[name] = _link(said, heard, settled=settled)
-    for subscriber in views.values():
-        for (publisher_name, topic), heard in subscriber.in_.items():
-            if publisher_name == JOURNAL:
-                unfinished = heard.received - heard.settled
-                links[f"{JOURNAL}>{topic}>{subscriber.name}"] = LinkAccount(
-                    published=published.get(topic, 0),
-                    received=heard.received,
-                    lost=0,
-                    in_flight=unfinished,
-                )
-    return Account(links=links, published=published)
-
-
-def _never_heard(
-    subscriber: LedgerView, topic: str, said: Out, hears: Mapping[str, frozenset[str]]
-) -> In | None:
-    """Count a link on which nothing arrived, when the subscriber was listening before it began."""
-    listens = topic in hears.get(subscriber.name, frozenset())
-    if listens and 0 < subscriber.ready_at_s * 1e9 < said.epoch:
-        return In(said.epoch, 0, 0, 0, 0, 0)
-    return None
-
-
-def _link(said: Out, heard: In, *, settled: bool) -> LinkAccount:
-    # A newer epoch means the publisher's ledger was begun anew: nothing of it was seen yet
-    last = heard.last if heard.epoch == said.epoch else 0
-    under_way = max(0, said.sequence - last)
-    unfinished = heard.received - heard.settled
-    return LinkAccount(
-        published=said.sequence,
-        received=heard.received,
-        lost=heard.lost + (under_way if settled else 0),
-        in_flight=unfinished + (0 if settled else under_way),
-    )
 
 
 class Backlog:
@@ -518,6 +453,8 @@ class Backlog:
                     said[name, key] = ledger.cells[at + OUT_SEQUENCE]
         waiting = 0
         for ledger in self._mapped.values():
+            if ledger.cells[_AT["retired"]]:
+                continue
             for kind, key, at in ledger.records():
                 if kind == IN:
                     cells = ledger.cells

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +34,13 @@ from mesh.errors import (
     ConfigurationError,
     MeshError,
 )
-from mesh.events import EventType
+from mesh.events import EventType, is_durable
 from mesh.factory import make_broker
 from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.loading import load_agent
 from mesh.logs import set_up_logging
+from mesh.replicas import Roster, group_of
+from mesh.rosters import read_rosters
 from mesh.rundir import RunDir
 from mesh.telemetry import tracing_middleware
 from mesh.values import Value
@@ -64,6 +67,8 @@ class Launch(Value, frozen=True, kw_only=True):
     rundir: RunDir
     config: MessageBusConfig
     params: Mapping[str, str]
+    #: What replicas of one agent share; default: what the name says.
+    group: str | None = None
     #: End when the parent ends.
     parent_bound: bool
     #: Wait for the monitor's word before sources speak.
@@ -94,10 +99,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("script", help="a Python file with one Agent class")
     parser.add_argument("--name", help="the agent's name (default: MESH_AGENT, or the file's name)")
     options = parser.parse_args(argv)
-    return guarded(lambda: _start(_load(options.script), options.script, options.name))
+    return guarded(lambda: _start(load_script(options.script), options.script, options.name))
 
 
-def _load(script: str) -> type[Agent]:
+def load_script(script: str) -> type[Agent]:
+    """
+    Give the agent class of a script; a `run` at the script's end starts nothing.
+
+    Raises:
+        AgentScriptError: It holds no agent that can run.
+    """
     global _loading
     _loading = True
     try:
@@ -127,6 +138,7 @@ def _start(kind: type[Agent], script: str, name: str | None) -> int:
     launch = Launch(
         kind=kind,
         name=name or env.agent_name() or kind.name or Path(script).stem,
+        group=env.agent_group(),
         script=script,
         rundir=RunDir.from_env().ensure(),
         config=MessageBusConfig.from_env(),
@@ -171,9 +183,12 @@ class _AgentProcess:
         self._stop = asyncio.Event()
         self._agent: Agent | None = None
         self._ledger = Ledger.open(launch.rundir.ledger(launch.name))
+        # Not what a killed predecessor has left there
+        self._ledger.set("state", STATES.index("starting"))
         self._lag_s = 0.0
         self._host = socket.gethostname()
         self._started_s = time.time()
+        self._roster = self._first_roster()
 
     async def main(self) -> int:
         """Run until told to stop; the agent's own end by an error is exit code 70."""
@@ -184,6 +199,8 @@ class _AgentProcess:
         async with BeatSender(launch.rundir, launch.name) as beats:
             if not launch.gated:
                 beats.gate_open.set()
+            beats.on_look = self._on_look
+            beats.on_roster = partial(self._on_roster, beats)
             async with asyncio.TaskGroup() as tasks:
                 beating = tasks.create_task(self._beat(beats), name="beat")
                 code = await self._live(beats)
@@ -197,10 +214,38 @@ class _AgentProcess:
             os._exit(EXIT_BUG)
         self._stop.set()
 
+    def _first_roster(self) -> Roster | None:
+        """Share nothing until the monitor says what, where others may have it meanwhile."""
+        name, group = self._launch.name, group_of(self._launch.name)
+        if not self._launch.gated:
+            return None
+        if name == group and group not in read_rosters(self._launch.rundir):
+            return None
+        return Roster(0, (), ())
+
+    def _on_roster(self, beats: BeatSender, roster: Roster) -> None:
+        if _state(self._ledger) in ("draining", "stopped"):
+            return  # others take over what was this one's
+        if self._roster is None or roster.version > self._roster.version:
+            self._roster = roster
+            self._share()
+        beats.send(self._beat_now(beats))
+
+    def _share(self) -> None:
+        if self._roster is not None and self._agent is not None and self._launch.kind.shared:
+            self._agent.consumer.share(self._roster)
+
+    def _on_look(self) -> None:
+        if self._agent is not None:
+            self._agent.consumer.look()
+
     async def _live(self, beats: BeatSender) -> int:
         launch = self._launch
         broker = make_broker(launch.config, launch.rundir.path)
         agent = self._agent = self._make(beats, broker)
+        self._share()
+        # Before anything is held: should this process die, it is known what of
+        self._write_card("starting")
         try:
             if not await self._unless_stopped(broker.connect()):
                 return 0
@@ -212,6 +257,11 @@ class _AgentProcess:
             return await self._work(agent)
         finally:
             self._write_card("draining")
+            if self._roster is not None:
+                # Said only when it is so
+                self._roster = Roster(self._roster.version, (), ())
+                self._share()
+            self._ledger.set("state", STATES.index("draining"))
             beats.send(self._beat_now(beats))
             await agent.close()
             await broker.close()
@@ -256,6 +306,7 @@ class _AgentProcess:
         return launch.kind(
             AgentContext(
                 name=launch.name,
+                group=launch.group or group_of(launch.name),
                 broker=broker,
                 config=launch.config,
                 params=launch.params,
@@ -311,6 +362,7 @@ class _AgentProcess:
             dropped=sum(ledger.counts().values()),
             needs_restart=agent.consumer.is_stuck() if agent else False,
             sources=SOURCES[ledger.get("sources")],
+            roster=0 if self._roster is None else self._roster.version,
         )
 
     def _write_card(self, state: str) -> None:
@@ -322,7 +374,10 @@ class _AgentProcess:
                 name=launch.name,
                 pid=os.getpid(),
                 script=launch.script,
+                group=launch.group or group_of(launch.name),
                 hears=tuple(launch.kind.hears()),
+                max_replicas=launch.kind.max_replicas,
+                durable=tuple(filter(is_durable, launch.kind.hears())),
                 says=tuple(says),
                 started_at_s=self._started_s,
                 state=state,

@@ -94,6 +94,7 @@ class Slots:
         """Prepare; nothing runs yet."""
         self._config = config
         self._agent_name = config.agent_name
+        self._group = config.group or config.agent_name
         self._ledger = ledger
         self._cells = ledger.cells
         self._dead_letters = dead_letters
@@ -269,7 +270,7 @@ class Slots:
             for position in range(arrival.position, len(events)):
                 event, delivery = events[position], deliveries[position]
                 slot.event = event
-                context = HandlerContext(self._agent_name, self._state, event, delivery)
+                context = HandlerContext(self._group, self._state, event, delivery)
                 current_context.set(context)
                 await self._run_in_step(slot, arrival, event, context)
                 if arrival.earlier is not None:

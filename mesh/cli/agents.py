@@ -11,7 +11,7 @@ from mesh.card import read_cards
 from mesh.cli import say
 from mesh.cli.exits import NoMeshError
 from mesh.cli.place import Place, directory_option, json_option
-from mesh.events import declaration_of
+from mesh.events import is_durable
 from mesh.ledger import read_ledgers
 from mesh.topics import PRIVATE_PREFIX
 
@@ -29,6 +29,9 @@ class Topic:
     said_by: list[str] = field(default_factory=list)
     heard_by: list[str] = field(default_factory=list)
     published: int = 0
+    #: Who says or hears it durably, and who live.
+    durable_for: list[str] = field(default_factory=list)
+    live_for: list[str] = field(default_factory=list)
 
     @property
     def orphan(self) -> str | None:
@@ -37,18 +40,36 @@ class Topic:
             return "said, but heard by nobody"
         return None if self.said_by else "heard, but said by nobody yet"
 
+    @property
+    def disagreement(self) -> str | None:
+        """Say who takes it for durable and who for live, when not all agree."""
+        if not (self.durable_for and self.live_for):
+            return None
+        return f"durable for {', '.join(self.durable_for)}, live for {', '.join(self.live_for)}"
+
+    def note_class(self, name: str, *, durable: bool) -> None:
+        """Note how one agent takes it."""
+        names = self.durable_for if durable else self.live_for
+        if name not in names:
+            names.append(name)
+
 
 def topics_of(rundir: RunDir) -> dict[str, Topic]:
     """Join the agents' cards and ledgers into topics; agents' own lives are left out."""
     topics: dict[str, Topic] = {}
     for name, card in read_cards(rundir).items():
         for topic in card.hears:
-            topics.setdefault(topic, Topic()).heard_by.append(name)
+            entry = topics.setdefault(topic, Topic())
+            entry.heard_by.append(name)
+            entry.note_class(name, durable=topic in card.durable)
     for name, view in read_ledgers(rundir.ledgers).items():
         for topic, out in view.out.items():
             entry = topics.setdefault(topic, Topic())
             entry.said_by.append(name)
             entry.published += out.sequence
+            if out.sequence:
+                # Only live events are numbered
+                entry.note_class(name, durable=not out.epoch)
     return {
         name: topics[name]
         for name in sorted(topics)
@@ -85,7 +106,9 @@ def agents(json_form: bool, directory: str | None) -> None:
                         "script": card.script,
                         "pid": card.pid,
                         "state": card.state,
+                        "group": card.group or name,
                         "hears": list(card.hears),
+                        "durable": list(card.durable),
                         "says": said[name],
                     }
                     for name, card in cards.items()
@@ -95,7 +118,8 @@ def agents(json_form: bool, directory: str | None) -> None:
                         "said_by": entry.said_by,
                         "heard_by": entry.heard_by,
                         "published": entry.published,
-                        "durable": declaration_of(name).durable,
+                        "durable": _is_durable(name, entry),
+                        "disagreement": entry.disagreement,
                         "orphan": entry.orphan,
                     }
                     for name, entry in topics.items()
@@ -104,18 +128,43 @@ def agents(json_form: bool, directory: str | None) -> None:
         )
         return
     say.table(
-        ("agent", "state", "hears", "says"),
+        ("agent", "group", "state", "hears", "says"),
         [
-            (name, card.state, " ".join(card.hears) or None, " ".join(said[name]) or None)
+            (
+                name,
+                card.group or name,
+                card.state,
+                " ".join(card.hears) or None,
+                " ".join(said[name]) or None,
+            )
             for name, card in cards.items()
         ],
     )
     say.line()
     say.table(
-        ("type", "said by", "heard by", "published", "note"),
+        ("type", "delivery", "said by", "heard by", "published", "note"),
         [
-            (name, " ".join(each.said_by), " ".join(each.heard_by), each.published, each.orphan)
+            (
+                name,
+                "durable" if _is_durable(name, each) else "live",
+                " ".join(each.said_by),
+                " ".join(each.heard_by),
+                each.published,
+                each.disagreement or each.orphan,
+            )
             for name, each in topics.items()
         ],
-        ["yellow" if each.orphan else "" for each in topics.values()],
+        [_colour(each) for each in topics.values()],
     )
+
+
+def _is_durable(name: str, topic: Topic) -> bool:
+    """Believe the agents; where none tells, the declaration."""
+    known = topic.durable_for or topic.live_for
+    return bool(topic.durable_for) if known else is_durable(name)
+
+
+def _colour(topic: Topic) -> say.Colour:
+    if topic.disagreement:
+        return "red"
+    return "yellow" if topic.orphan else ""

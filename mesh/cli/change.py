@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mesh.cli import say
-from mesh.cli.place import Place, directory_option
-from mesh.cli.starting import ready, tell_failures
+from mesh.cli.place import Place, directory_option, settings_of
+from mesh.cli.starting import declare_durable_groups, ready, tell_failures
 from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
 from mesh.supervision.supervisord import SupervisorClient
@@ -66,6 +66,7 @@ async def _restart(rundir: RunDir, names: tuple[str, ...]) -> int:
 async def _reload(place: Place) -> int:
     rundir = place.rundir
     await _client(rundir).pid()  # says that no mesh runs, before anything is written
+    await declare_durable_groups(place, settings_of(rundir))
     added, changed, removed = await boot.reload(place.project, rundir)
     for words, names in (("added", added), ("restarted", changed), ("removed", removed)):
         if names:

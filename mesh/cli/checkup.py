@@ -21,7 +21,7 @@ from mesh.cli.place import CONF, Place, directory_option, json_option, settings_
 from mesh.config import MessageBusConfig
 from mesh.errors import ConfigurationError, MeshError
 from mesh.rundir import MAX_SOCKET_PATH
-from mesh.supervision.boot import INFRASTRUCTURE, REQUIRED, programs_of, script_of
+from mesh.supervision.conf import INFRASTRUCTURE, REQUIRED, programs_of, script_of
 from mesh.supervision.supervisord import SupervisorClient
 
 if TYPE_CHECKING:
@@ -249,6 +249,9 @@ def _socket(rundir: RunDir, name: str) -> Row:
 
 def _topics(rundir: RunDir) -> Iterator[Row]:
     for name, topic in topics_of(rundir).items():
+        if topic.disagreement is not None:
+            remedy = "import one declaration; the same LEGION_DURABLE_EVENTS for all; mesh restart"
+            yield Row("topic", "fail", f"{name} is {topic.disagreement}", remedy)
         if topic.orphan is None:
             continue
         who = ", ".join(topic.said_by or topic.heard_by)

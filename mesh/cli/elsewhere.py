@@ -66,7 +66,9 @@ async def listen(config: MessageBusConfig, rundir: RunDir) -> list[AgentElsewher
         registry = EventHandlerRegistry()
         await registry.register(EventType.AGENT_HEARTBEAT, note, _NAME, "note")
         consumer = EventConsumer(
-            ConsumerConfig(agent_name=_NAME, broker=broker, handler_registry=registry)
+            ConsumerConfig(
+                agent_name=_NAME, broker=broker, handler_registry=registry, live_only=True
+            )
         )
         await consumer.start()
         await asyncio.sleep(_LISTEN_S)

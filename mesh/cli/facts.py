@@ -6,12 +6,17 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mesh.account import LinkAccount, account
 from mesh.card import read_cards
-from mesh.ledger import LedgerView, LinkAccount, account, read_ledgers
-from mesh.supervision.boot import INFRASTRUCTURE, last_words
+from mesh.ledger import LedgerView, read_ledgers
+from mesh.replicas import group_of, number_of
+from mesh.supervision.boot import last_words
+from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mesh.rundir import RunDir
 
 #: What the forwarder counts and nobody misses.
@@ -25,6 +30,8 @@ class ProgramFacts:
     """How one program is doing."""
 
     name: str
+    #: The agent of which it is a replica: itself, mostly.
+    group: str
     #: ready, starting, silent, failed or stopped.
     state: str
     #: supervisord's word: RUNNING, BACKOFF, FATAL, ...
@@ -50,6 +57,17 @@ class ProgramFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupFacts:
+    """How all replicas of one agent are doing."""
+
+    replicas: int
+    ready: int
+    handled: int
+    failed: int
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
 class MeshFacts:
     """How a mesh is doing."""
 
@@ -59,6 +77,8 @@ class MeshFacts:
     links: dict[str, LinkAccount]
     lost: int
     in_flight: int
+    #: Agents with several replicas.
+    groups: dict[str, GroupFacts]
 
     @property
     def problems(self) -> list[str]:
@@ -76,6 +96,7 @@ class MeshFacts:
             "in_flight": self.in_flight,
             "lost_by_link": {name: link.lost for name, link in self.links.items() if link.lost},
             "programs": [asdict(each) for each in self.programs],
+            "groups": {name: asdict(each) for name, each in self.groups.items()},
             "links": {name: link.to_dict() for name, link in self.links.items()},
         }
 
@@ -92,13 +113,53 @@ async def look(rundir: RunDir) -> MeshFacts:
     views = read_ledgers(rundir.ledgers)
     hears = {name: frozenset(card.hears) for name, card in read_cards(rundir).items()}
     joined = account(views, hears)
+    programs = [_facts(rundir, each, views.get(each.name)) for each in _in_order(processes)]
     return MeshFacts(
         directory=str(rundir.path),
         supervisor_pid=await client.pid(),
-        programs=[_facts(rundir, each, views.get(each.name)) for each in processes],
+        programs=programs,
         links=dict(joined.links),
         lost=joined.lost,
         in_flight=joined.in_flight,
+        groups=_groups(programs, views, joined.links),
+    )
+
+
+def _groups(
+    programs: list[ProgramFacts],
+    views: Mapping[str, LedgerView],
+    links: Mapping[str, LinkAccount],
+) -> dict[str, GroupFacts]:
+    """Sum up the replicas of each agent that has several; what scaled-away ones did counts, too."""
+    found: dict[str, list[ProgramFacts]] = {}
+    for each in programs:
+        found.setdefault(each.group, []).append(each)
+    return {
+        group: GroupFacts(
+            replicas=len(members),
+            ready=sum(each.ready for each in members),
+            handled=sum(view.handled for name, view in views.items() if group_of(name) == group),
+            failed=sum(view.failed for name, view in views.items() if group_of(name) == group),
+            lost=sum(
+                link.lost
+                for name, link in links.items()
+                if group_of(name.rpartition(">")[2]) == group
+            ),
+        )
+        for group, members in found.items()
+        if len(members) > 1
+    }
+
+
+def _in_order(processes: list[ProcessInfo]) -> list[ProcessInfo]:
+    """Put replicas behind their agent."""
+    places = {each.name: place for place, each in enumerate(processes)}
+    return sorted(
+        processes,
+        key=lambda each: (
+            places.get(group_of(each.name), places[each.name]),
+            number_of(each.name),
+        ),
     )
 
 
@@ -115,6 +176,7 @@ def _facts(rundir: RunDir, process: ProcessInfo, view: LedgerView | None) -> Pro
     )
     return ProgramFacts(
         name=process.name,
+        group=group_of(process.name),
         state=_state(process, ready=ready, age_s=age_s),
         supervisor_state=process.state,
         pid=process.pid or None,

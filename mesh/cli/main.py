@@ -26,6 +26,7 @@ COMMANDS = {
     "status": ("status", "Show how every agent is doing, and what was lost."),
     "restart": ("change", "Restart single agents."),
     "reload": ("change", "Take up what changed in supervisord.conf; start only what is new."),
+    "scale": ("scale", "Run more replicas of one agent, or fewer."),
     "logs": ("logbook", "Show and follow the agents' logs."),
     "tail": ("tail", "Listen to events as they happen."),
     "publish": ("publish", "Say an event."),

@@ -14,7 +14,7 @@ from mesh.config import MessageBusConfig
 from mesh.env import environment
 from mesh.errors import ConfigurationError
 from mesh.rundir import RunDir
-from mesh.supervision.boot import has_own_redis
+from mesh.supervision.conf import has_own_redis
 from mesh.supervision.redis_server import settings_for
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from mesh.card import read_cards
 from mesh.cli import say
 from mesh.cli.place import Place, directory_option, joining_settings, json_option
 from mesh.errors import PayloadError, TopicError
+from mesh.events import declare_durable
 from mesh.factory import make_broker
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.topics import PRIVATE_PREFIX, check_topic
@@ -58,6 +59,8 @@ def publish(
     place = Place.find(directory)
     config = joining_settings(place)
     load_schemas(place.project)
+    if any(topic in card.durable for card in read_cards(place.rundir).values()):
+        declare_durable(topic)
     event = asyncio.run(_publish(place.rundir, config, topic, payload, key))
     listeners = _listeners(place.rundir, topic)
     if json_form:

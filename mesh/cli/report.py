@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mesh.account import account
 from mesh.cli import say
-from mesh.ledger import LedgerView, account, percentile_us
+from mesh.ledger import LedgerView, percentile_us
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,7 +12,7 @@ from mesh.cli.watching import LOOK_S, Watch
 from mesh.errors import ConfigurationError, MeshError
 from mesh.inprocess import InProcessMesh
 from mesh.logs import set_up_logging
-from mesh.supervision.boot import programs_of, script_of
+from mesh.supervision.conf import programs_of, script_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

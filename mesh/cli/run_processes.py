@@ -22,7 +22,8 @@ from mesh.ledger import LedgerView, read_ledgers
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester
 from mesh.supervision import boot
-from mesh.supervision.boot import INFRASTRUCTURE, last_words
+from mesh.supervision.boot import last_words
+from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.supervisord import SupervisorClient, SupervisorError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from mesh.cli import say
 from mesh.cli.place import CONF, Place
 from mesh.cli.templates import SECTION, agent_script, agent_test
 from mesh.errors import TopicError
-from mesh.supervision.boot import INFRASTRUCTURE, programs_of, script_of
+from mesh.supervision.conf import INFRASTRUCTURE, programs_of, script_of
 from mesh.topics import PRIVATE_PREFIX, check_topic
 
 if TYPE_CHECKING:

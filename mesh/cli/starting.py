@@ -6,12 +6,16 @@ import sys
 from typing import TYPE_CHECKING, Any, Self
 
 from mesh.cli import say
+from mesh.errors import BrokerUnavailableError
 from mesh.supervision import boot
+from mesh.supervision.declaring import declare_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from types import TracebackType
 
+    from mesh.cli.place import Place
+    from mesh.config import MessageBusConfig
     from mesh.rundir import RunDir
     from mesh.supervision.boot import ProgramState
 
@@ -76,6 +80,27 @@ def tell_failures(rundir: RunDir, states: Sequence[ProgramState]) -> list[str]:
         names = " ".join(state.name for state in failed)
         say.note(f"more: mesh logs {names}  ({rundir.path / 'log'})")
     return [state.name for state in failed]
+
+
+async def declare_durable_groups(
+    place: Place, config: MessageBusConfig, agents: Collection[str] | None = None
+) -> None:
+    """
+    Let the journal keep what agents hear, before they start; see `mesh.supervision.declaring`.
+
+    Raises:
+        ConfigurationError: The journal cannot keep what it promises.
+    """
+    try:
+        unknown = await declare_groups(place.project, place.rundir, config, agents)
+    except BrokerUnavailableError as error:
+        say.note(f"what agents hear is kept only from their start on: {error}", "yellow")
+        return
+    except NotImplementedError:
+        return  # a fabric without a journal
+    if unknown:
+        names = ", ".join(unknown)
+        say.note(f"what {names} hears is kept only from its start on: its script does not load")
 
 
 async def ready(rundir: RunDir, *, quiet: bool = False) -> list[ProgramState]:

@@ -16,7 +16,7 @@ from mesh.cli.kept import look_at_kept
 from mesh.cli.place import Place, directory_option, json_option
 from mesh.config import MessageBusConfig
 from mesh.errors import MeshError
-from mesh.supervision import boot
+from mesh.supervision.conf import has_own_redis
 
 if TYPE_CHECKING:
     from mesh.cli.elsewhere import AgentElsewhere
@@ -79,6 +79,11 @@ def _show(facts: MeshFacts, journal: KeptFacts) -> None:
         [[row[at] for at in kept] for row in rows],
         [_colour(each) for each in facts.programs],
     )
+    for name, group in facts.groups.items():
+        say.line(
+            f"{name}: {group.ready} of {group.replicas} replicas READY,"
+            f" {group.handled} handled, {group.lost} lost"
+        )
     losing = {name: link for name, link in facts.links.items() if link.lost}
     if losing:
         say.table(
@@ -115,7 +120,7 @@ def _show_kept(kept: KeptFacts) -> None:
 def _elsewhere(rundir: RunDir) -> tuple[list[AgentElsewhere], str]:
     """Listen to other hosts where there can be some; gives them, or why they are unknown."""
     # The mesh's own redis-server is nobody else's
-    if boot.has_own_redis(rundir):
+    if has_own_redis(rundir):
         return [], ""
     try:
         config = MessageBusConfig.from_env()
@@ -147,7 +152,7 @@ def _worth_showing(rows: list[tuple[object, ...]]) -> list[int]:
 
 def _row(each: ProgramFacts) -> tuple[object, ...]:
     return (
-        each.name,
+        each.name if each.name == each.group else f"  {each.name}",
         each.state,
         each.pid,
         None if each.uptime_s is None else say.duration(each.uptime_s),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,11 @@ import click
 
 from mesh.card import read_cards
 from mesh.cli import say
+from mesh.cli.following import Follower
 from mesh.cli.place import Place, directory_option, joining_settings, json_option
 from mesh.cli.signals import stop_signals
 from mesh.consumer import ConsumerConfig, EventConsumer
-from mesh.events import declarations
+from mesh.events import declarations, is_durable
 from mesh.factory import make_broker
 from mesh.handlers import EventHandlerRegistry
 from mesh.ledger import read_ledgers
@@ -37,8 +39,9 @@ def tail(types: tuple[str, ...], count: int | None, json_form: bool, directory: 
     """
     Listen to events as they happen; all known types, or those given.
 
-    Known are the built-in types and those that the agents of this mesh hear or have said. A slow
-    reader of this command slows nobody: it misses events, and says how many.
+    Known are the built-in types and those that the agents of this mesh hear or have said. Durable
+    ones are shown as the journal keeps them. A slow reader of this command slows nobody: it misses
+    live events, and says how many.
 
     \b
     Example:
@@ -88,15 +91,32 @@ async def _listen(
                     buffer_size=_BUFFER,
                     overflow="drop_oldest",
                     log_events=False,
+                    live_only=True,
                 )
             )
-            await consumer.start()
-            say.note(f"listening to {len(topics)} types in {rundir.path}; Ctrl-C ends")
-            await stop.wait()
-            await consumer.stop()
+            durable = _durable(rundir, topics)
+            async with contextlib.AsyncExitStack() as exits:
+                if durable:
+                    await exits.enter_async_context(Follower(broker, durable, show))
+                await consumer.start()
+                say.note(f"listening to {len(topics)} types in {rundir.path}; Ctrl-C ends")
+                await stop.wait()
+                await consumer.stop()
             missed = consumer.ledger.lost() + consumer.ledger.counts().get("overflow", 0)
             if missed and shown != count:
                 say.note(f"{missed} events came too fast to be shown", "yellow")
+
+
+def _durable(rundir: RunDir, topics: list[str]) -> list[str]:
+    """Choose what may be kept in the journal: by the declarations, and by what agents say."""
+    told = {topic for card in read_cards(rundir).values() for topic in card.durable}
+    told |= {
+        topic
+        for view in read_ledgers(rundir.ledgers).values()
+        for topic, out in view.out.items()
+        if not out.epoch
+    }
+    return [topic for topic in topics if topic in told or is_durable(topic)]
 
 
 def _known(rundir: RunDir) -> list[str]:

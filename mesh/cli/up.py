@@ -19,13 +19,16 @@ from mesh.cli.place import (
     param_option,
 )
 from mesh.cli.signals import stop_signals, unless, until_exit
-from mesh.cli.starting import ready, tell_failures
+from mesh.cli.starting import declare_durable_groups, ready, tell_failures
 from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
+from mesh.supervision.conf import read_replicas
 from mesh.supervision.supervisord import SupervisorClient, SupervisorError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from mesh.config import MessageBusConfig
 
 
 @click.command()
@@ -59,9 +62,7 @@ def up(
     """  # noqa: D301 - click's mark for lines it must not wrap
     place = Place.find(directory)
     config = checked_settings(place.rundir, with_redis=with_redis)
-    code = asyncio.run(
-        _up(place, agents, params, config.broker_type, detach=detach, with_redis=with_redis)
-    )
+    code = asyncio.run(_up(place, agents, params, config, detach=detach, with_redis=with_redis))
     sys.exit(code)
 
 
@@ -88,12 +89,18 @@ async def _up(
     place: Place,
     agents: Sequence[str] | None,
     params: Mapping[str, str],
-    broker_type: str,
+    config: MessageBusConfig,
     *,
     detach: bool,
     with_redis: bool,
 ) -> int:
     rundir = place.rundir
+
+    async def declare() -> None:
+        # A server of the mesh's own is not there yet: agents then declare what they hear themselves
+        if not with_redis:
+            await declare_durable_groups(place, config, agents)
+
     with stop_signals() as stop:
         began_s = time.monotonic()
         pid = await boot.up(
@@ -101,8 +108,10 @@ async def _up(
             rundir,
             params=params,
             agents=agents,
-            broker_type=broker_type,
+            replicas=read_replicas(rundir),
+            broker_type=config.broker_type,
             with_redis=with_redis,
+            on_free=declare,
             on_wait=say.note,
         )
         try:

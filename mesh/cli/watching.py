@@ -7,9 +7,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Self
 
+from mesh.account import account
 from mesh.cli import say
 from mesh.cli.report import began_at_s, work_published
-from mesh.ledger import account
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import threading
 from dataclasses import dataclass, field
@@ -15,11 +16,23 @@ if TYPE_CHECKING:
 
 # A cursor that nothing else moves is at most about so many events behind
 _SWEEP_EVENTS = 5000
+# Of an incarnation; a pid has 22 bits, and a whole number of SQLite 63
+_RANDOM_BITS = 40
 
 #: (topic, partition) by their numbers.
 Place = tuple[int, int]
 #: (seq, place)
 Spot = tuple[int, Place]
+
+
+def incarnation(pid: int) -> int:
+    """Give a number of which `pid_of` gives the process, and which is never given again."""
+    return pid << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS)
+
+
+def pid_of(incarnation: int) -> int:
+    """Give the process of a consumer."""
+    return incarnation >> _RANDOM_BITS
 
 
 @dataclass(slots=True)
@@ -76,7 +89,7 @@ class Consumer:
         self.lock = threading.Lock()
         self.holding: Holding | None = None
         #: Tells it from others of its name, before and after.
-        self.incarnation = secrets.randbits(62)
+        self.incarnation = incarnation(os.getpid())
         self.was_member = False
         #: What it holds must be looked up anew before the next read.
         self.stale = True

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mesh.errors import ClosedError
 from mesh.journal import MAX_UNSETTLED, PARTITIONS, Delivery
-from mesh.journals.consumers import Holding
+from mesh.journals.consumers import Holding, pid_of
 from mesh.journals.local import share_of
 from mesh.journals.transaction import undeclared
 
@@ -99,7 +99,9 @@ def hand_out_suspect(tx: Transaction, consumer: Consumer) -> Delivery | None:
 
     tx.after.append(hold)
     done = frozenset(holding.done.get(seq, ()))
-    return Delivery(seq, holding.topics[place[0]], place[1], name, frame, count, done)
+    return Delivery(
+        seq, holding.topics[place[0]], place[1], name, frame, count, done, holding.version
+    )
 
 
 def release(tx: Transaction, consumer: Consumer, seqs: list[int]) -> None:
@@ -148,14 +150,14 @@ def leave(tx: Transaction, consumer: Consumer) -> None:
     tx.topics.update(holding.topics.values())
 
 
-def free(tx: Transaction, group: str, consumer: str) -> None:
-    """Take everything from a dead consumer."""
+def free(tx: Transaction, group: str, consumer: str, pid: int | None = None) -> None:
+    """Take everything from a dead consumer; if it is another process than `pid`, it lives."""
     tx.flush()
     group_id = tx.group_id(group)
     found = tx.run(
-        "SELECT 1 FROM members WHERE group_id = ? AND consumer = ?", (group_id, consumer)
+        "SELECT incarnation FROM members WHERE group_id = ? AND consumer = ?", (group_id, consumer)
     ).fetchone()
-    if found:
+    if found and pid in (None, pid_of(found[0])):
         suspect(tx, group_id, consumer)
         _remove(tx, group_id, consumer)
         tx.topics.update(_topics(tx, group_id).values())

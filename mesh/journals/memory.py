@@ -8,6 +8,7 @@ processes on one mesh.
 from __future__ import annotations
 
 import heapq
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -54,6 +55,8 @@ class _Consumer:
     held: dict[int, _Kept] = field(default_factory=dict)
     #: A suspect it was handed; nothing else goes out beside it.
     alone: int | None = None
+    #: Changes when it gets partitions.
+    tenure: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +81,8 @@ class _Group:
     state: dict[str, bytes] = field(default_factory=dict)
     #: Somebody holds partitions that are another's by right.
     unsettled_shares: bool = False
+    #: How often partitions were given to somebody.
+    tenures: int = 0
 
 
 class MemoryStore:
@@ -256,6 +261,11 @@ class MemoryJournal(LocalJournal):
         if found is not None and (dead := found.consumers.get(consumer)):
             self._bury(found, dead)
 
+    async def free_process(self, group: str, consumer: str, pid: int) -> None:
+        """Do the same, for this process: nobody else is here."""
+        if pid == os.getpid():
+            await self.free(group, consumer)
+
     async def load_state(self, group: str) -> dict[str, bytes]:
         """Give the state of a group."""
         self._require_open()
@@ -330,6 +340,11 @@ class MemoryJournal(LocalJournal):
                 found.append(Stored(kept.seq, record.topic, record.id, record.frame, kept.at_s))
         return found
 
+    async def newest(self) -> int | str | None:
+        """Give the number of the newest event."""
+        self._require_open()
+        return max(self.store.log, default=None)
+
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:
         """Forget settled events."""
         self._require_open()
@@ -388,6 +403,7 @@ class MemoryJournal(LocalJournal):
             record.frame,
             group.counts.get(seq, 1),
             frozenset(group.done.get(seq, ())),
+            me.tenure,
         )
 
     # -- settling ------------------------------------------------------------------------------
@@ -499,6 +515,7 @@ class MemoryJournal(LocalJournal):
     def _share_out(self, group: _Group) -> None:
         """Give every partition to whom it belongs, unless its owner holds some of its events."""
         group.unsettled_shares = False
+        group.tenures += 1
         names = sorted(group.consumers)
         for number, lane in enumerate(group.lanes):
             rightful = group.consumers[names[number % len(names)]] if names else None
@@ -506,6 +523,8 @@ class MemoryJournal(LocalJournal):
                 if any(kept.partition == number for kept in lane.owner.held.values()):
                     group.unsettled_shares = True
                     continue
+            if rightful is not None and lane.owner is not rightful:
+                rightful.tenure = group.tenures
             lane.owner = rightful
 
     def _settle_shares(self, group: _Group) -> None:

@@ -260,6 +260,11 @@ class RedisJournal(LocalJournal):
         self._require_open()
         await self._members.free(group, consumer)
 
+    async def free_process(self, group: str, consumer: str, pid: int) -> None:
+        """Do the same, unless the consumer is of another process by now."""
+        self._require_open()
+        await self._members.free(group, consumer, pid)
+
     async def _look(self, group: str, consumer: str, limit: int) -> list[Delivery]:
         me = self._consumers.get((group, consumer))
         if me is None:

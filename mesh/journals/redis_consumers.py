@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import os
 import secrets
 from collections import deque
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ class Consumer:
         #: One read at a time.
         self.reading = asyncio.Lock()
         #: Tells it from others of its name, before and after.
-        self.incarnation = secrets.token_hex(8)
+        self.incarnation = f"{os.getpid()}-{secrets.token_hex(8)}"
         self.was_member = False
         #: Of its group, when it looked last.
         self.version = ""

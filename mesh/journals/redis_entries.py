@@ -48,6 +48,7 @@ def read_entries(
     partition: int,
     count: int = 1,
     done: frozenset[str] = frozenset(),
+    tenure: str = "",
 ) -> list[tuple[Spot, Owner, Delivery]]:
     """
     Read what XRANGE, XREAD and XCLAIM give of one stream.
@@ -59,6 +60,7 @@ def read_entries(
         partition: Its partition.
         count: How often they were handed out, this time included.
         done: Handlers that have settled them.
+        tenure: The version of the group for which its owner got them.
     """
     entries = []
     for position, fields in replied:
@@ -68,7 +70,7 @@ def read_entries(
             name, frame = fields[1].decode(), fields[3]
         else:
             name, frame = _stranger(text, fields)
-        delivery = Delivery(text, topic, partition, name, frame, count, done)
+        delivery = Delivery(text, topic, partition, name, frame, count, done, tenure)
         entries.append(((int(ms), int(seq)), owner, delivery))
     return entries
 

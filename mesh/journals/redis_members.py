@@ -232,9 +232,16 @@ class Members:
         plan = {"consumer": me.name, "incarnation": me.incarnation}
         await self._store.run(EVICT, self._keys.membership(me.group), plan)
 
-    async def free(self, group: str, consumer: str) -> None:
-        """Take everything from a dead consumer, of whichever process."""
+    async def free(self, group: str, consumer: str, pid: int | None = None) -> None:
+        """Take everything from a dead consumer; if it is another process than `pid`, it lives."""
         keys = self._keys
+        incarnation = None
+        if pid is not None:
+            members = keys.members(group)
+            member = await self._store.call(members, "HGET", members, consumer)
+            incarnation = "" if member is None else member.decode().partition(" ")[0]
+            if not incarnation.startswith(f"{pid}-"):
+                return
         # Read first: when nobody knows whether it was evicted, its streams are known all the same
         owners = await self._store.call(keys.owners(group), "HGETALL", keys.owners(group))
         tokens = {}
@@ -243,7 +250,7 @@ class Members:
             if name == consumer:
                 tokens[int(partition)] = token
         topics, owned = await self._store.run(
-            EVICT, keys.membership(group), {"consumer": consumer, "incarnation": None}
+            EVICT, keys.membership(group), {"consumer": consumer, "incarnation": incarnation}
         )
         tokens |= {partition: token.decode() for partition, token in owned}
         if topics:

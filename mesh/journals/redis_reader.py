@@ -73,12 +73,14 @@ class Reader:
             if (me.ready or fetched) and not any(lane.more for lane in me.open_lanes()):
                 return
             lanes, page = me.to_fetch(), me.page
-            found = await self._fetch_page(lanes, page)
+            found = await self._fetch_page(lanes, page, me.version)
             if not me.stale:
                 me.take_in(found, page)
             fetched = True
 
-    async def _fetch_page(self, lanes: list[Lane], page: int) -> list[tuple[Lane, list[Fetched]]]:
+    async def _fetch_page(
+        self, lanes: list[Lane], page: int, tenure: str
+    ) -> list[tuple[Lane, list[Fetched]]]:
         by_key = {lane.key: lane for lane in lanes}
         starts = {lane.key: position_of(max(lane.fetched_to, lane.spot)) for lane in lanes}
         replies = await asyncio.gather(
@@ -97,7 +99,12 @@ class Reader:
         )
         found = {key: entries for reply in replies for key, entries in reply or ()}
         return [
-            (lane, read_entries(found.get(key, ()), lane, lane.topic, lane.partition))
+            (
+                lane,
+                read_entries(
+                    found.get(key, ()), lane, lane.topic, lane.partition, tenure=me.version
+                ),
+            )
             for key, lane in by_key.items()
         ]
 
@@ -193,5 +200,7 @@ class Reader:
         for (number, position, count), replied in zip(claims, rest[0], strict=True):
             lane = lanes[number - 1]
             done = frozenset(lane.done.get(position, ()))
-            claimed += read_entries(replied, lane, lane.topic, lane.partition, count, done)
+            claimed += read_entries(
+                replied, lane, lane.topic, lane.partition, count, done, me.version
+            )
         return set(lanes), claimed

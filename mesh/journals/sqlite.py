@@ -173,6 +173,10 @@ class SQLiteJournal(LocalJournal):
         """Take everything from a dead consumer, of whichever process."""
         await self._do(lambda tx: membership.free(tx, group, consumer))
 
+    async def free_process(self, group: str, consumer: str, pid: int) -> None:
+        """Do the same, unless the consumer is of another process by now."""
+        await self._do(lambda tx: membership.free(tx, group, consumer, pid))
+
     async def load_state(self, group: str) -> dict[str, bytes]:
         """Give the state of a group."""
         state: dict[str, bytes] = await self._ask(
@@ -226,6 +230,11 @@ class SQLiteJournal(LocalJournal):
         found: list[Stored] = await self._ask(
             lambda database: views.scan(database.connection, chosen, int(after or 0), limit)
         )
+        return found
+
+    async def newest(self) -> int | str | None:
+        """Give the number of the newest event."""
+        found: int | None = await self._ask(lambda database: views.newest(database.connection))
         return found
 
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:

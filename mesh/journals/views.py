@@ -78,7 +78,18 @@ def hand_out(
                     continue  # met again after looking anew
                 consumer.held[seq] = place
                 done = frozenset(holding.done[seq]) if seq in holding.done else frozenset()
-                handed.append(Delivery(seq, holding.topics[topic], partition, name, frame, 1, done))
+                handed.append(
+                    Delivery(
+                        seq,
+                        holding.topics[topic],
+                        partition,
+                        name,
+                        frame,
+                        1,
+                        done,
+                        holding.version,
+                    )
+                )
             if handed or ended:
                 return handed
 
@@ -189,6 +200,12 @@ def scan(
         Stored(seq, names[topic], name, frame, at_ms / 1000)
         for seq, topic, name, frame, at_ms in rows
     ]
+
+
+def newest(connection: sqlite3.Connection) -> int | None:
+    """Give the number of the newest event."""
+    row = connection.execute("SELECT max(seq) FROM events").fetchone()
+    return None if row is None else row[0]
 
 
 def dead(connection: sqlite3.Connection, query: DeadQuery, limit: int) -> list[DeadLetter]:

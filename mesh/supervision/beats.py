@@ -71,10 +71,14 @@ class BeatListener:
 
     def open_gate(self, name: str) -> None:
         """Tell an agent that its sources may speak; an absent one asks again with its next beat."""
+        self.tell(name, GATE_OPEN)
+
+    def tell(self, name: str, word: bytes) -> None:
+        """Say a word to an agent, which may be absent."""
         if self._socket is None:
             return
         try:
-            self._socket.sendto(GATE_OPEN, str(self._rundir.socket(f"{name}.ctl")))
+            self._socket.sendto(word, str(self._rundir.socket(f"{name}.ctl")))
         except OSError:
             return
 

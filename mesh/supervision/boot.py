@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import configparser
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mesh.account import account
 from mesh.errors import AlreadyRunningError, ConfigurationError, MeshError
-from mesh.ledger import account, read_ledgers
+from mesh.ledger import read_ledgers, retire
+from mesh.replicas import group_of, replica_names
+from mesh.supervision.conf import (
+    INFRASTRUCTURE,
+    has_own_redis,
+    read_replicas,
+    render,
+    rendered_programs,
+    write_replicas,
+)
 from mesh.supervision.leftovers import make_room
-from mesh.supervision.redis_server import PROGRAM as REDIS_PROGRAM
 from mesh.supervision.redis_server import settings_for
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
 
@@ -26,11 +33,6 @@ if TYPE_CHECKING:
 
     from mesh.rundir import RunDir
 
-#: The programs that every supervisord.conf has, and those that are no agents.
-REQUIRED = ("forwarder", "monitor")
-INFRASTRUCTURE = (*REQUIRED, REDIS_PROGRAM)
-_PROGRAM = "program:"
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _LOOK_S = 0.1
 
 
@@ -50,84 +52,13 @@ class ProgramState:
     last_words: str = ""
 
 
-def programs_of(project: Path) -> list[str]:
-    """
-    List the programs of a project's supervisord.conf.
-
-    Raises:
-        ConfigurationError: There is none, or it cannot be read.
-    """
-    return [
-        name[len(_PROGRAM) :] for name in _read(project).sections() if name.startswith(_PROGRAM)
-    ]
-
-
-def script_of(project: Path, name: str) -> str | None:
-    """Give the script a program runs; None for the mesh's own programs."""
-    words = _read(project).get(_PROGRAM + name, "command", fallback="").split()
-    if "mesh.runtime" in words:
-        return words[words.index("mesh.runtime") + 1]
-    return None
-
-
-def render(
-    project: Path,
-    rundir: RunDir,
-    agents: Collection[str] | None = None,
-    *,
-    with_forwarder: bool = True,
-    with_redis: bool = False,
-) -> Path:
-    """
-    Write the project's supervisord.conf for a run directory.
-
-    Args:
-        project: Where supervisord.conf is.
-        rundir: The mesh's directory.
-        agents: Only these agents; default all.
-        with_forwarder: Keep the forwarder, which only the ZeroMQ fabric needs.
-        with_redis: Add a redis-server of the mesh's own.
-
-    Returns:
-        The file that was written.
-
-    Raises:
-        ConfigurationError: A program has a bad name, or an agent is not in the file.
-    """
-    parser = _read(project)
-    names = [name[len(_PROGRAM) :] for name in parser.sections() if name.startswith(_PROGRAM)]
-    problems = [f"[program:{name}]: no usable name" for name in names if not _NAME.fullmatch(name)]
-    problems += [
-        f"{name!r} is no program of {project / 'supervisord.conf'}; it has {', '.join(names)}"
-        for name in (agents or ())
-        if name not in names
-    ]
-    if problems:
-        raise ConfigurationError(problems)
-    for name in names:
-        if agents is not None and name not in agents and name not in INFRASTRUCTURE:
-            parser.remove_section(_PROGRAM + name)
-    if not with_forwarder:
-        parser.remove_section(f"{_PROGRAM}forwarder")
-    if with_redis:
-        _add_redis(parser)
-    for section in parser.sections():
-        for key, value in parser.items(section):
-            parser.set(section, key, _translate(value, project, rundir))
-    if os.geteuid() == 0:
-        parser.set("supervisord", "user", "root")
-    path = rundir.path / "conf" / "supervisord.conf"
-    with path.open("w") as file:
-        parser.write(file)
-    return path
-
-
 async def up(
     project: Path,
     rundir: RunDir,
     *,
     params: Mapping[str, str] | None = None,
     agents: Collection[str] | None = None,
+    replicas: Mapping[str, int] | None = None,
     broker_type: str = "zmq",
     with_redis: bool = False,
     environment: Mapping[str, str] | None = None,
@@ -144,6 +75,7 @@ async def up(
         rundir: The mesh's directory.
         params: Parameters for the agents.
         agents: Only these agents.
+        replicas: How many there shall be of an agent; default one.
         broker_type: The fabric; only ZeroMQ needs the forwarder.
         with_redis: Keep a redis-server for this mesh too, and use it as the fabric.
         environment: Set for all programs, over this process's own.
@@ -161,9 +93,15 @@ async def up(
         if await client.is_up():
             raise AlreadyRunningError(f"the mesh in {rundir.path}", await client.pid())
         with_forwarder = broker_type == "zmq" and not with_redis
-        conf = render(project, rundir, agents, with_forwarder=with_forwarder, with_redis=with_redis)
-        chosen = programs_of(project) if agents is None else [*INFRASTRUCTURE, *agents]
-        await make_room(rundir, [*chosen, REDIS_PROGRAM] if with_redis else chosen, on_wait)
+        conf = render(
+            project,
+            rundir,
+            agents,
+            replicas=replicas,
+            with_forwarder=with_forwarder,
+            with_redis=with_redis,
+        )
+        await make_room(rundir, {*INFRASTRUCTURE, *rendered_programs(rundir)}, on_wait)
         _clear(rundir)
         if on_free is not None:
             await on_free()
@@ -258,14 +196,7 @@ async def reload(project: Path, rundir: RunDir) -> tuple[list[str], list[str], l
         The programs that were added, restarted and removed.
     """
     client = SupervisorClient(rundir.socket("supervisor"))
-    rendered = rundir.path / "conf" / "supervisord.conf"
-    if rendered.exists():
-        render(
-            project,
-            rundir,
-            with_forwarder=_has_program(rundir, "forwarder"),
-            with_redis=has_own_redis(rundir),
-        )
+    _render_again(project, rundir, read_replicas(rundir))
     added, changed, removed = await client.reload()
     for name in (*changed, *removed):
         await client.stop(name)
@@ -275,9 +206,58 @@ async def reload(project: Path, rundir: RunDir) -> tuple[list[str], list[str], l
     return added, changed, removed
 
 
-def has_own_redis(rundir: RunDir) -> bool:
-    """Say whether the mesh of a directory was started with a redis-server of its own."""
-    return _has_program(rundir, REDIS_PROGRAM)
+async def scale(
+    project: Path, rundir: RunDir, name: str, count: int
+) -> tuple[list[str], list[str]]:
+    """
+    Run so many replicas of an agent; nobody else's process is touched.
+
+    Replicas that are too many drain first. The wish holds for this directory until it is changed,
+    also after `down`.
+
+    Returns:
+        The programs that were added and removed.
+
+    Raises:
+        ConfigurationError: The mesh was not started by `up`.
+    """
+    if not rendered_programs(rundir):
+        raise ConfigurationError(
+            f"the mesh in {rundir.path} was started by supervisord alone, which reads the project's"
+            " supervisord.conf; replicas need a mesh that `mesh up` has started"
+        )
+    client = SupervisorClient(rundir.socket("supervisor"))
+    wanted = replica_names(name, count)
+    there = [each.name for each in await client.processes() if group_of(each.name) == name]
+    added = [each for each in wanted if each not in there]
+    removed = [each for each in there if each not in wanted]
+    if not removed:
+        write_replicas(rundir, name, count)
+    _render_again(project, rundir, {**read_replicas(rundir), name: count})
+    await client.reload()
+    await _stop_all(client, removed)
+    for each in removed:
+        await client.remove(each)
+        # Not before it has ended: until then it counts
+        retire(rundir.ledger(each))
+        rundir.card(each).unlink(missing_ok=True)
+    for each in added:
+        await client.add(each)
+    write_replicas(rundir, name, count)
+    return added, removed
+
+
+def _render_again(project: Path, rundir: RunDir, replicas: Mapping[str, int]) -> None:
+    """Render as `up` did; where supervisord was started by hand it reads the project's own file."""
+    programs = rendered_programs(rundir)
+    if programs:
+        render(
+            project,
+            rundir,
+            replicas=replicas,
+            with_forwarder="forwarder" in programs,
+            with_redis=has_own_redis(rundir),
+        )
 
 
 async def restart(rundir: RunDir, names: Collection[str]) -> None:
@@ -376,49 +356,9 @@ def _clear(rundir: RunDir) -> None:
         ("ledger", "*"),
         ("agents", "*"),
         ("run", "*.sock*"),
+        ("run", "rosters.json"),
         ("log", "*.out*"),
     ):
         for path in (rundir.path / folder).glob(pattern):
             if path not in kept:
                 path.unlink(missing_ok=True)
-
-
-def _has_program(rundir: RunDir, name: str) -> bool:
-    conf = rundir.path / "conf"
-    return (conf / "supervisord.conf").exists() and _read(conf).has_section(_PROGRAM + name)
-
-
-def _add_redis(parser: configparser.RawConfigParser) -> None:
-    """Add the program beside the monitor and like it, but before the agents."""
-    section = _PROGRAM + REDIS_PROGRAM
-    parser.add_section(section)
-    for key, value in parser.items(f"{_PROGRAM}monitor"):
-        parser.set(section, key, value.replace("monitor", REDIS_PROGRAM))
-    parser.set(section, "command", "%(here)s/.venv/bin/python -m mesh.supervision.redis_server")
-    parser.set(section, "priority", "5")
-
-
-def _read(project: Path) -> configparser.RawConfigParser:
-    path = project / "supervisord.conf"
-    parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
-    try:
-        with path.open() as file:
-            parser.read_file(file)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{path}: {error.strerror}; run this in a project that has one"
-        ) from error
-    except configparser.Error as error:
-        raise ConfigurationError(f"{path}: {error}") from error
-    return parser
-
-
-def _translate(value: str, project: Path, rundir: RunDir) -> str:
-    """Put real paths where the file says ``%(here)s``."""
-    for pattern, path in (
-        ("%(here)s/.venv/bin/python", sys.executable),
-        ("%(here)s/.mesh", str(rundir.path)),
-        ("%(here)s", str(project.absolute())),
-    ):
-        value = value.replace(pattern, path.replace("%", "%%"))
-    return value

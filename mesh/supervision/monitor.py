@@ -20,6 +20,7 @@ import time
 from typing import TYPE_CHECKING
 
 from mesh import process
+from mesh.beats import roster_word
 from mesh.env import is_supervised
 from mesh.errors import (
     EXIT_BUG,
@@ -30,9 +31,11 @@ from mesh.errors import (
 )
 from mesh.ledger import STATES, Ledger, read_ledger
 from mesh.logs import set_up_logging
+from mesh.rosters import read_rosters, write_rosters
 from mesh.rundir import RunDir
 from mesh.supervision import kernel
 from mesh.supervision.beats import Beat, BeatListener
+from mesh.supervision.freeing import Freer
 from mesh.supervision.gate import is_open
 from mesh.supervision.liveness import (
     OVERSLEPT_S,
@@ -43,6 +46,7 @@ from mesh.supervision.liveness import (
     judge,
     silence_s,
 )
+from mesh.supervision.sharing import Rosters, Seen
 from mesh.supervision.sightings import Probe, Sightings
 from mesh.supervision.supervisord import (
     ProcessInfo,
@@ -96,12 +100,18 @@ class Monitor:
         self._gate_open = False
         self._observing_since_s = time.monotonic()
         self._last_kill_s = 0.0
+        self._rosters = Rosters(read_rosters(rundir))
+        #: Set when it is time to look, although the pause is not over.
+        self._nudge = asyncio.Event()
         self._complained: set[tuple[str, int, str]] = set()
         self.turned_s = time.monotonic()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Watch until told to stop."""
-        async with BeatListener(self._rundir, self._hear) as self._listener:
+        async with (
+            BeatListener(self._rundir, self._hear) as self._listener,
+            Freer(self._rundir, self._listener.tell, self._nudge.set) as self._freer,
+        ):
             self._ledger.set("ready_at_us", time.time_ns() // 1000)
             self._ledger.set("state", STATES.index("ready"))
             async with asyncio.TaskGroup() as tasks:
@@ -110,8 +120,11 @@ class Monitor:
                 watching.cancel()
 
     def _hear(self, beat: Beat) -> bool:
+        before = self._vitals.beat_of(beat.name, beat.pid)
         if not self._vitals.hear(beat, time.monotonic()):
             return False
+        if before is not None and (before.roster, before.state) != (beat.roster, beat.state):
+            self._share()
         # The beat that says READY may be the one that completes the mesh: no need to wait a round
         if self._gate_open and beat.state == "ready":
             self._open_gate(beat)
@@ -129,7 +142,10 @@ class Monitor:
             await self._look(tasks)
             planned_s = time.monotonic() + LOOK_EVERY_S
             waited_s = kernel.waited_s(os.getpid())
-            await asyncio.sleep(LOOK_EVERY_S)
+            self._nudge.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._nudge.wait()
             self._excuse(time.monotonic(), planned_s, waited_s)
 
     async def _look(self, tasks: asyncio.TaskGroup) -> None:
@@ -139,7 +155,9 @@ class Monitor:
             self._complain_once("supervisord", 0, str(error))
             return
         now_s = time.monotonic()
+        self._freer.watch(self._programs)
         self._vitals.forget(self._programs, now_s)
+        self._share()
         self._count_rejected()
         self._try_gate()
         sightings = self._vitals.look(self._programs, now_s)
@@ -175,11 +193,40 @@ class Monitor:
         if self._gate_open:
             return
         ready = {(each.name, each.pid) for each in self._vitals.beats() if each.state == "ready"}
-        if is_open(self._programs, ready):
+        settled = self._rosters.is_settled(each.name for each in self._programs)
+        if settled and is_open(self._programs, ready):
             self._gate_open = True
             _log.info("all agents are READY: sources may speak")
             for beat in self._vitals.beats():
                 self._open_gate(beat)
+
+    def _share(self) -> None:
+        """Say who shares what, where an agent has replicas."""
+        if not self._programs:
+            return  # not looked yet: nobody is known to be gone
+        before = dict(self._rosters.current)
+        words = self._rosters.turn(
+            map(self._seen, (each for each in self._programs if each.pid)),
+            now_ms=time.time_ns() // 1_000_000,
+            patient=time.monotonic() - self._observing_since_s < self._config.suspect_s,
+        )
+        if self._rosters.current != before:
+            # Before it is said: who begins now reads it
+            with contextlib.suppress(OSError):
+                write_rosters(self._rundir, self._rosters.current)
+            _log.info("live events are shared: %s", self._rosters.current)
+        for name, roster in words:
+            self._listener.tell(name, roster_word(roster))
+
+    def _seen(self, program: ProcessInfo) -> Seen:
+        beat = self._vitals.beat_of(program.name, program.pid)
+        return Seen(
+            name=program.name,
+            ready=beat is not None and beat.state == "ready",
+            draining=beat is not None and beat.state in ("draining", "stopped"),
+            silent=beat is None,
+            version=0 if beat is None else beat.roster,
+        )
 
     def _count_rejected(self) -> None:
         if self._listener.rejected:

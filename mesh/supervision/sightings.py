@@ -76,6 +76,11 @@ class Sightings:
         self._is_alive(known, beat.pid, min(beat.mono_s, now_s), now_s)
         return True
 
+    def beat_of(self, name: str, pid: int) -> Beat | None:
+        """Give the last beat of a process."""
+        known = self._known.get((name, pid))
+        return None if known is None else known.beat
+
     def beats(self) -> Iterator[Beat]:
         """Give the last beat of everybody."""
         return (known.beat for known in list(self._known.values()) if known.beat is not None)

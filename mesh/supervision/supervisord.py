@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TIMEOUT_S = 2.0
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}(@[0-9]{1,2})?", re.ASCII)
 #: supervisor.xmlrpc.Faults.NOT_RUNNING
 NOT_RUNNING = 70
 _MAX_ANSWER_BYTES = 16 * 1024 * 1024

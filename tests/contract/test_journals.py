@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from functools import partial
 from typing import TYPE_CHECKING
@@ -550,6 +551,51 @@ async def test_scaling_down_and_up_keeps_every_key_in_order(fabric: JournalFabri
         assert order == sorted(order)
 
 
+async def test_who_gets_partitions_sees_another_tenure(fabric: JournalFabric) -> None:
+    """What it knew of the group's state may be old: others had those partitions until now."""
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await one.append(numbered(16))
+    first = await one.read("risk", "a")
+    await settle(one, "risk", "a", first)
+    await one.append(records("b"))
+    await one.append(records("c"))
+    same = await drain(one, "risk", "a")
+    assert {each.tenure for each in [*first, *same]} == {first[0].tenure}
+
+    await _join(two, "b")
+    await one.append([Record("order", f"then-{at}", b"", f"key-{at}") for at in range(40)])
+    await drain(one, "risk", "a")
+    of_two = await _read_all(two, "b")
+    await two.commit(
+        "risk", "b", [Step(acks=of_two, state={"by two": b"1"}), Step(state={"more": b"2"})]
+    )
+    await two.leave("risk", "b")
+    await one.append([Record("order", f"last-{at}", b"", f"key-{at}") for at in range(40)])
+    last = await _read_all(one, "a")
+
+    assert first[0].tenure not in {each.tenure for each in last}
+    assert len({each.tenure for each in last}) == 1
+    assert await one.load_state("risk") == {"by two": b"1", "more": b"2"}
+
+
+async def test_who_takes_over_from_the_dead_sees_another_tenure(fabric: JournalFabric) -> None:
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await _join(one, "a")
+    await _join(two, "b")
+    await one.append([Record("order", f"e{at}", b"", f"key-{at}") for at in range(60)])
+    held = await one.read("risk", "a")
+    own = await _read_all(two, "b")
+    await settle(two, "risk", "b", own)
+    await two.free("risk", "a")
+
+    taken = await drain(two, "risk", "b")
+
+    assert len(held) == len(taken)
+    assert own[0].tenure not in {each.tenure for each in taken}
+
+
 # -- death ---------------------------------------------------------------------------------------
 
 
@@ -707,6 +753,25 @@ async def test_order_is_kept_through_deaths(fabric: JournalFabric) -> None:
     for partition in range(PARTITIONS):
         order = [int(each.frame) for each in handled if each.partition == partition]
         assert order == sorted(order)
+
+
+async def test_only_the_dead_process_is_freed_not_its_successor(fabric: JournalFabric) -> None:
+    """Who finds a process dead may come after its successor, whose events are in work."""
+    one, two = await fabric.open(), await fabric.open()
+    await one.declare("risk", ["order"])
+    await one.append(records("a"))
+    held = await one.read("risk", "a")
+    await two.free_process("risk", "a", os.getpid() + 1)
+    await two.free_process("risk", "nobody", os.getpid())
+    await two.free_process("nobody", "nobody", os.getpid())
+    assert await two.read("risk", "b") == []
+    assert await one.read("risk", "a") == []
+
+    await two.free_process("risk", "a", os.getpid())
+
+    taken = await _read_all(two, "b")
+    assert [(each.id, each.deliveries) for each in taken] == [("a", 2)]
+    assert len(await settle(one, "risk", "a", held)) == 1
 
 
 async def test_freeing_a_stranger_does_nothing(journal: Journal) -> None:
@@ -915,6 +980,16 @@ async def test_scan_gives_the_past_by_pages(journal: Journal) -> None:
     assert await journal.scan(["never"]) == []
     assert rest[0].frame == b"4"
     assert rest[0].at_s > 0
+
+
+async def test_scan_can_begin_with_what_comes_later(journal: Journal) -> None:
+    before = await journal.newest()
+    await journal.append(numbered(30))
+    middle = await journal.newest()
+    await journal.append(records("z"))
+
+    assert before is None
+    assert [each.id for each in await journal.scan(after=middle)] == ["z"]
 
 
 async def test_trim_forgets_only_what_every_group_has_settled(journal: Journal) -> None:

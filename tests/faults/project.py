@@ -6,7 +6,7 @@ import configparser
 import shutil
 from pathlib import Path
 
-from mesh.supervision import boot
+from mesh.supervision.conf import INFRASTRUCTURE
 from tests.plumbing.processes import ROOT
 
 #: The program whose settings the others get.
@@ -17,7 +17,7 @@ def write_project(project: Path, *scripts: str) -> None:
     """Write a supervisord.conf with the mesh's own programs and these agents, in this order."""
     parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
     parser.read(ROOT / "supervisord.conf")
-    own = {f"program:{name}" for name in boot.INFRASTRUCTURE}
+    own = {f"program:{name}" for name in INFRASTRUCTURE}
     model = dict(parser[f"program:{_MODEL}"])
     for section in parser.sections():
         if section.startswith("program:") and section not in own:

@@ -10,7 +10,7 @@ from tests.plumbing.sources import files_under, imports_of, modules_of_mesh, nam
 # `package.*` stands for a package and all in it, whose modules may know each other.
 FLOORS: list[tuple[str, list[set[str]]]] = [
     ("12 faces", [{"cli.*", "dashboard.*", "testing.*"}]),
-    ("11 process", [{"launch"}, {"runtime", "inprocess"}, {"card", "loading"}]),
+    ("11 process", [{"launch", "survey"}, {"runtime", "inprocess"}, {"loading"}]),
     ("10 agent", [{"agent"}]),
     ("9 supervision", [{"supervision.*"}]),
     ("8 assembly", [{"factory"}]),
@@ -20,7 +20,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
         [
             {"requests", "dead_letter_queue"},
             {"publisher", "consumer", "workers"},
-            {"intake", "outbox", "slots"},
+            {"intake", "outbox", "sharing", "slots"},
             {"consumer_config", "replay", "replay_bell"},
         ],
     ),
@@ -31,11 +31,11 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
     (
         "2 pure tools",
         [
-            {"codec", "filters", "retry", "stats", "telemetry"},
-            {"beats", "causality", "deadletters", "ledger", "process"},
+            {"account", "codec", "filters", "retry", "stats", "telemetry"},
+            {"beats", "card", "causality", "deadletters", "ledger", "process", "rosters"},
         ],
     ),
-    ("1 words", [{"events", "logs", "rundir"}, {"topics"}]),
+    ("1 words", [{"events", "logs", "rundir"}, {"replicas", "topics"}]),
     ("0 ground", [{"errors", "clock", "env", "outcomes", "values"}]),
 ]
 
@@ -56,7 +56,8 @@ DOORS = {
     # The language of values here; still, who needs bytes from values asks the codec
     "msgspec": {
         "beats", "card", "codec", "context", "dead_letter_queue", "deadletters", "events",
-        "handlers", "journals.*", "publisher", "replay", "slots", "supervision.*", "telemetry",
+        "handlers", "journals.*", "publisher", "replay", "rosters", "slots", "supervision.*",
+        "survey", "telemetry",
         "values",
     },
     "opentelemetry": {"telemetry"},

@@ -19,7 +19,8 @@ from mesh import (
     codec,
     on,
 )
-from mesh.ledger import Ledger, account, view_of
+from mesh.account import account
+from mesh.ledger import Ledger, view_of
 from mesh.testing import FakeClock
 from tests.plumbing.processes import eventually
 

@@ -1,0 +1,207 @@
+"""The project's supervisord.conf, and the one that is made of it for a run directory."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mesh.errors import ConfigurationError
+from mesh.replicas import MARK, MAX_REPLICAS, group_of, replica_names
+from mesh.supervision.redis_server import PROGRAM as REDIS_PROGRAM
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from mesh.rundir import RunDir
+
+#: The programs that every supervisord.conf has, and those that are no agents.
+REQUIRED = ("forwarder", "monitor")
+INFRASTRUCTURE = (*REQUIRED, REDIS_PROGRAM)
+_PROGRAM = "program:"
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+#: supervisord's own words for where output goes, in place of a path.
+_NO_PATHS = ("auto", "none", "off", "syslog")
+
+
+def programs_of(project: Path) -> list[str]:
+    """
+    List the programs of a project's supervisord.conf.
+
+    Raises:
+        ConfigurationError: There is none, or it cannot be read.
+    """
+    return [
+        name[len(_PROGRAM) :] for name in _read(project).sections() if name.startswith(_PROGRAM)
+    ]
+
+
+def script_of(project: Path, name: str) -> str | None:
+    """Give the script a program runs; None for the mesh's own programs."""
+    words = _read(project).get(_PROGRAM + name, "command", fallback="").split()
+    if "mesh.runtime" in words:
+        return words[words.index("mesh.runtime") + 1]
+    return None
+
+
+def render(
+    project: Path,
+    rundir: RunDir,
+    agents: Collection[str] | None = None,
+    *,
+    replicas: Mapping[str, int] | None = None,
+    with_forwarder: bool = True,
+    with_redis: bool = False,
+) -> Path:
+    """
+    Write the project's supervisord.conf for a run directory.
+
+    Args:
+        project: Where supervisord.conf is.
+        rundir: The mesh's directory.
+        agents: Only these agents; default all.
+        replicas: How many there shall be of an agent; default one.
+        with_forwarder: Keep the forwarder, which only the ZeroMQ fabric needs.
+        with_redis: Add a redis-server of the mesh's own.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ConfigurationError: A program has a bad name, or an agent is not in the file.
+    """
+    parser = _read(project)
+    names = [name[len(_PROGRAM) :] for name in parser.sections() if name.startswith(_PROGRAM)]
+    problems = [f"[program:{name}]: no usable name" for name in names if not _NAME.fullmatch(name)]
+    problems += [
+        f"{name!r} is no program of {project / 'supervisord.conf'}; it has {', '.join(names)}"
+        for name in (agents or ())
+        if name not in names
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+    for name in names:
+        if agents is not None and name not in agents and name not in INFRASTRUCTURE:
+            parser.remove_section(_PROGRAM + name)
+    for name, count in (replicas or {}).items():
+        if parser.has_section(_PROGRAM + name):
+            for replica in replica_names(name, count)[1:]:
+                _add_replica(parser, name, replica)
+    if not with_forwarder:
+        parser.remove_section(f"{_PROGRAM}forwarder")
+    if with_redis:
+        _add_redis(parser)
+    for section in parser.sections():
+        for key, value in parser.items(section):
+            parser.set(section, key, _translate(value, project, rundir))
+    if os.geteuid() == 0:
+        parser.set("supervisord", "user", "root")
+    path = rundir.path / "conf" / "supervisord.conf"
+    with path.open("w") as file:
+        parser.write(file)
+    return path
+
+
+def rendered_programs(rundir: RunDir) -> list[str]:
+    """List the programs of the file that was last made for a run directory; none without one."""
+    conf = rundir.path / "conf"
+    return programs_of(conf) if (conf / "supervisord.conf").exists() else []
+
+
+def has_own_redis(rundir: RunDir) -> bool:
+    """Say whether the mesh of a directory was started with a redis-server of its own."""
+    return REDIS_PROGRAM in rendered_programs(rundir)
+
+
+def read_replicas(rundir: RunDir) -> dict[str, int]:
+    """Give how many replicas of which agents are wanted, where it is not one."""
+    try:
+        found = json.loads(_wishes(rundir).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        name: count
+        for name, count in found.items()
+        if isinstance(count, int) and 1 < count <= MAX_REPLICAS and MARK not in name
+    }
+
+
+def write_replicas(rundir: RunDir, name: str, count: int) -> dict[str, int]:
+    """Remember for this directory how many replicas of an agent are wanted; gives all wishes."""
+    wishes = {**read_replicas(rundir), name: count}
+    wishes = {each: wishes[each] for each in sorted(wishes) if wishes[each] > 1}
+    path = _wishes(rundir)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(wishes, indent=2) + "\n")
+    draft.replace(path)
+    return wishes
+
+
+def _wishes(rundir: RunDir) -> Path:
+    return rundir.path / "conf" / "replicas.json"
+
+
+def _add_replica(parser: configparser.RawConfigParser, name: str, replica: str) -> None:
+    """Add a program like the agent's, under a name and with files of its own."""
+    section = _PROGRAM + replica
+    parser.add_section(section)
+    for key, value in parser.items(_PROGRAM + name):
+        if key == "environment":
+            value = re.sub(r"""\bMESH_(AGENT|GROUP)=("[^"]*"|'[^']*'|[^,]*)(,|$)""", "", value)
+        elif key == "command":
+            value = re.sub(rf"(--name[= ]){re.escape(name)}(?=\s|$)", rf"\g<1>{replica}", value)
+        elif key in ("stdout_logfile", "stderr_logfile"):
+            value = _own_file(value, replica)
+        parser.set(section, key, value)
+    others = parser.get(section, "environment", fallback="").strip(", \n")
+    mine = f'MESH_AGENT="{replica}",MESH_GROUP="{name}"'
+    parser.set(section, "environment", f"{mine},{others}" if others else mine)
+
+
+def _own_file(value: str, replica: str) -> str:
+    path = Path(value)
+    if value.lower() in _NO_PATHS or value.startswith("/dev/") or "%(program_name)s" in value:
+        return value
+    return str(path.with_name(f"{path.stem}{replica[len(group_of(replica)) :]}{path.suffix}"))
+
+
+def _add_redis(parser: configparser.RawConfigParser) -> None:
+    """Add the program beside the monitor and like it, but before the agents."""
+    section = _PROGRAM + REDIS_PROGRAM
+    parser.add_section(section)
+    for key, value in parser.items(f"{_PROGRAM}monitor"):
+        parser.set(section, key, value.replace("monitor", REDIS_PROGRAM))
+    parser.set(section, "command", "%(here)s/.venv/bin/python -m mesh.supervision.redis_server")
+    parser.set(section, "priority", "5")
+
+
+def _read(project: Path) -> configparser.RawConfigParser:
+    path = project / "supervisord.conf"
+    parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
+    try:
+        with path.open() as file:
+            parser.read_file(file)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path}: {error.strerror}; run this in a project that has one"
+        ) from error
+    except configparser.Error as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    return parser
+
+
+def _translate(value: str, project: Path, rundir: RunDir) -> str:
+    """Put real paths where the file says ``%(here)s``."""
+    for pattern, path in (
+        ("%(here)s/.venv/bin/python", sys.executable),
+        ("%(here)s/.mesh", str(rundir.path)),
+        ("%(here)s", str(project.absolute())),
+    ):
+        value = value.replace(pattern, path.replace("%", "%%"))
+    return value

@@ -1,0 +1,111 @@
+"""The supervisord.conf of a run directory: replicas are programs of their own."""
+
+from __future__ import annotations
+
+import configparser
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mesh.errors import ConfigurationError
+from mesh.rundir import RunDir
+from mesh.supervision import conf
+from tests.plumbing.processes import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ODD = """
+[program:odd]
+command=python -m mesh.runtime agents/odd.py --name odd
+environment=COLOUR="red, not blue",MESH_AGENT="odd",MESH_GROUP='odd',LEVEL=3
+stdout_logfile=/var/log/anything.log
+stderr_logfile=NONE
+
+[program:plain]
+command=python agents/plain.py
+stdout_logfile=%(here)s/.mesh/log/%(program_name)s.out
+"""
+
+
+@pytest.fixture
+def home(rundir: Path) -> RunDir:
+    return RunDir(rundir).ensure()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "supervisord.conf").write_text((ROOT / "supervisord.conf").read_text() + ODD)
+    return tmp_path
+
+
+def rendered(
+    project: Path, home: RunDir, replicas: dict[str, int], agents: list[str] | None = None
+) -> configparser.RawConfigParser:
+    parser = configparser.RawConfigParser()
+    parser.read(conf.render(project, home, agents, replicas=replicas))
+    return parser
+
+
+def test_a_replica_is_its_agent_under_another_name(project: Path, home: RunDir) -> None:
+    parser = rendered(project, home, {"features": 3})
+    first, third = parser["program:features"], parser["program:features@3"]
+
+    assert third["environment"] == 'MESH_AGENT="features@3",MESH_GROUP="features"'
+    assert third["stdout_logfile"] == str(home.output("features@3"))
+    differing = {key for key in first if first[key] != third[key]}
+    assert differing == {"environment", "stdout_logfile"}
+    assert "program:features@2" in parser
+    assert "program:features@4" not in parser
+
+
+def test_the_agent_itself_and_the_projects_file_stay_as_they_are(
+    project: Path, home: RunDir
+) -> None:
+    text = (project / "supervisord.conf").read_text()
+    alone = dict(rendered(project, home, {})["program:features"])
+
+    shared = dict(rendered(project, home, {"features": 2})["program:features"])
+
+    assert shared == alone
+    assert (project / "supervisord.conf").read_text() == text
+
+
+def test_odd_sections_keep_what_is_theirs(project: Path, home: RunDir) -> None:
+    parser = rendered(project, home, {"odd": 2, "plain": 2})
+    odd, plain = parser["program:odd@2"], parser["program:plain@2"]
+
+    assert odd["command"].endswith("agents/odd.py --name odd@2")
+    assert odd["environment"] == (
+        'MESH_AGENT="odd@2",MESH_GROUP="odd",COLOUR="red, not blue",LEVEL=3'
+    )
+    assert odd["stdout_logfile"] == "/var/log/anything@2.log"
+    assert odd["stderr_logfile"] == "NONE"
+    assert plain["environment"] == 'MESH_AGENT="plain@2",MESH_GROUP="plain"'
+    assert plain["stdout_logfile"].endswith("%(program_name)s.out")
+
+
+def test_only_agents_that_are_there_get_replicas(project: Path, home: RunDir) -> None:
+    parser = rendered(project, home, {"risk": 2, "gone": 2, "features": 2}, ["features"])
+
+    assert [name for name in parser.sections() if "@" in name] == ["program:features@2"]
+
+
+def test_no_agent_of_a_users_can_be_called_like_a_replica(project: Path, home: RunDir) -> None:
+    with (project / "supervisord.conf").open("a") as file:
+        file.write("\n[program:features@2]\ncommand=true\n")
+
+    with pytest.raises(ConfigurationError, match="features@2"):
+        conf.render(project, home)
+
+
+def test_wishes_are_kept_and_nonsense_is_not_believed(home: RunDir) -> None:
+    assert conf.read_replicas(home) == {}
+    conf.write_replicas(home, "features", 3)
+    assert conf.write_replicas(home, "risk", 2) == {"features": 3, "risk": 2}
+    assert conf.write_replicas(home, "features", 1) == {"risk": 2}
+    assert conf.read_replicas(home) == {"risk": 2}
+
+    for text in ("", "[]", '{"a": "2", "b": 17, "c@2": 2, "d": 0}'):
+        (home.path / "conf" / "replicas.json").write_text(text)
+        assert conf.read_replicas(home) == {}
