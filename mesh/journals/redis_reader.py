@@ -101,9 +101,7 @@ class Reader:
         return [
             (
                 lane,
-                read_entries(
-                    found.get(key, ()), lane, lane.topic, lane.partition, tenure=me.version
-                ),
+                read_entries(found.get(key, ()), lane, lane.topic, lane.partition, tenure=tenure),
             )
             for key, lane in by_key.items()
         ]
