@@ -29,18 +29,19 @@ TOPICS = [f"topic.{number}" for number in range(40)]
 class Cluster:
     """Three masters on loopback, the slots shared out among them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, append_only: bool = False) -> None:
         self.ports = free_ports(3)
         self._owner: dict[int, int] = {}
         self.servers = [
             RedisServer(
+                append_only=append_only,
                 settings={
                     "port": str(port),
                     "bind": "127.0.0.1",
                     "cluster-enabled": "yes",
                     "cluster-node-timeout": "1000",
                     "cluster-require-full-coverage": "no",
-                }
+                },
             )
             for port in self.ports
         ]
