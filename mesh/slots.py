@@ -451,7 +451,8 @@ class Slots:
             tick_s = self._tick_s()
             before = clock.mono_s()
             await clock.sleep(tick_s)
-            elapsed_s = clock.mono_s() - before
+            # While the whole process was stopped no handler ran
+            elapsed_s = min(clock.mono_s() - before, 2 * tick_s)
             for slot in self._slots:
                 self._look_at(slot, elapsed_s)
 
