@@ -96,10 +96,15 @@ async def chaos(
             await nemesis.torment(lambda: stage.sources_are_done() or time.monotonic() > give_up_s)
         finally:
             await nemesis.heal()
-        report.notes.append(f"faults ended after {time.monotonic() - begun_s:.0f} s")
         report.faults = dict(sorted(Counter(f"{f.what} {f.whom}" for f in nemesis.faults).items()))
+        healed_s = time.monotonic()
+        backlog = await stage.pending()
         if not await stage.drained(_STILL_S):
             report.problems.append(await _stuck(stage))
+        report.notes.append(
+            f"healed after {healed_s - begun_s:.0f} s; {backlog:,} deliveries were left, and done"
+            f" in {time.monotonic() - healed_s:.1f} s, at most {stage.longest_still_s:.1f} s apart"
+        )
         report.problems += stage.problems
         report.problems += [
             f"given up by supervisord: {each.name} ({each.state})"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mesh.rundir import RunDir
 
 SCRIPTS = ROOT / "tests" / "chaos" / "agents"
-_LOOK_S = 0.05
+_LOOK_S = 0.2
 
 
 class Fabric:
@@ -84,6 +84,8 @@ class Stage:
         self.fabric = fabric
         self.client = SupervisorClient(rundir.socket("supervisor"))
         self.journal: Journal
+        #: How long nothing moved while it was drained.
+        self.longest_still_s = 0.0
         #: What went wrong with starting it again.
         self.problems: list[str] = []
         self._project = project
@@ -191,12 +193,14 @@ class Stage:
         before, moved_s = -1, loop.time()
         while True:
             left = await self.pending() + (0 if self.sources_are_done() else 1)
+            self.longest_still_s = max(self.longest_still_s, loop.time() - moved_s)
             if not left:
                 return True
             if left != before:
                 before, moved_s = left, loop.time()
             elif loop.time() - moved_s > still_s:
                 return False
+            # Counting a backlog costs the mesh something
             await asyncio.sleep(_LOOK_S)
 
     def own_ends(self) -> list[str]:

@@ -7,7 +7,9 @@ from tests.chaos.words import ORDER, SHIPPED, Link
 
 
 class Auditor(Link):
-    """Hears two types."""
+    """Hears two types, several events at a time; those of one key in their order."""
+
+    concurrency = 4
 
     @on(ORDER)
     async def on_order(self, event: Event) -> None:
