@@ -110,6 +110,7 @@ class DurableIntake:
         #: Handed to the slots and not settled, by the journal's name of the place.
         self._out: dict[tuple[str, int | str], Delivery] = {}
         self._away = False
+        self._dead = False
 
     async def open(self, topics: Collection[str], start: str) -> None:
         """
@@ -131,6 +132,8 @@ class DurableIntake:
             asyncio.create_task(self._commit(), name=f"{self.group}-journal-committer"),
             asyncio.create_task(self._renew(), name=f"{self.group}-journal-lease"),
         ]
+        for task in (self._reader, *self._tasks):
+            task.add_done_callback(self._tell_end)
 
     def settle(self, step: Step) -> None:
         """Commit a step soon, after all that came before it."""
@@ -143,6 +146,10 @@ class DurableIntake:
         """Take over what a step changed that somebody else has committed."""
         merge_state(self.state, step.state)
         self._count_said([step])
+
+    def is_dead(self) -> bool:
+        """Say whether nothing durable is heard or settled any more: only a restart helps."""
+        return self._dead
 
     def unsettled(self) -> int:
         """Count what was handed to the slots and is not committed."""
@@ -195,6 +202,7 @@ class DurableIntake:
                 )
             except ClosedError as error:
                 _log.error("%s hears no durable events any more: %s", self.group, error)
+                self._dead = True
                 return
             except BrokerUnavailableError as error:
                 tries += 1
@@ -330,6 +338,18 @@ class DurableIntake:
                 await self.journal.renew(self.group, self.consumer)
             except BrokerUnavailableError as error:
                 await self._wait_out(error, 1)
+
+    def _tell_end(self, task: asyncio.Task[None]) -> None:
+        """Notice what ended for a reason that nobody thought of."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        self._dead = True
+        _log.critical(
+            "%s hears no durable events any more, for %s has failed",
+            self.group,
+            task.get_name(),
+            exc_info=error,
+        )
 
     async def _wait_out(self, error: BrokerUnavailableError, tries: int) -> None:
         if not self._away:

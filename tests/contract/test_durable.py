@@ -29,7 +29,7 @@ from mesh import (
 )
 from mesh.brokers.memory import InMemoryMessageBroker
 from mesh.brokers.zeromq import ZeroMQMessageBroker
-from mesh.errors import ConfigurationError
+from mesh.errors import ClosedError, ConfigurationError
 from mesh.events import set_delivery
 from mesh.journal import Record
 from tests.plumbing.processes import end_forwarder, eventually
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mesh.broker import MessageBroker
-    from mesh.journal import Journal
+    from mesh.journal import Delivery, Journal
 
 ORDER = event_type("shop.order", durable=True)
 BILL = event_type("shop.bill", durable=True)
@@ -429,6 +429,24 @@ async def test_no_overflow_policy_drops_a_durable_event(
     async with running(broker, Slow) as slow, speaking(broker) as till:
         await till.publish_batch([(ORDER, {"n": number}) for number in range(300)])
         await eventually(lambda: slow.seen == list(range(300)))
+
+
+@pytest.mark.parametrize("error", [ClosedError("a successor"), RuntimeError("a bug of ours")])
+async def test_who_hears_no_durable_events_any_more_asks_for_a_restart(
+    broker: MessageBroker, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks healthy otherwise: the loop turns, and live events are handled."""
+
+    async def fail(*_arguments: object, **_options: object) -> list[Delivery]:
+        raise error
+
+    async with running(broker, Seen) as agent:
+        assert not agent.consumer.is_stuck()
+        monkeypatch.setattr(await broker.open_journal(), "read", fail)
+        async with speaking(broker) as till:
+            # Ends the read that waits
+            await till.publish(ORDER, {"n": 1})
+        await eventually(agent.consumer.is_stuck)
 
 
 async def test_a_source_can_make_a_step_of_its_own(broker: MessageBroker) -> None:
