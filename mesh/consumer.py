@@ -244,9 +244,7 @@ class EventConsumer:
         """
         intake = self._intake
         assert intake is not None, "a context comes from `loose_context`"
-        step = context.step()
-        await intake.journal.commit(intake.group, intake.consumer, [step])
-        intake.note_committed(step)
+        await intake.commit(context.step())
 
     # -- receiving -----------------------------------------------------------------------------
 

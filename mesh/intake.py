@@ -102,6 +102,9 @@ class DurableIntake:
         self._topics: list[str] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._reader: asyncio.Task[None] | None = None
+        self._committer: asyncio.Task[None] | None = None
+        #: Steps whose makers wait, by their identity.
+        self._kept: dict[int, asyncio.Future[None]] = {}
         self._steps: list[Step] = []
         self._committing = 0
         self._filled = asyncio.Event()
@@ -128,10 +131,11 @@ class DurableIntake:
     def start(self) -> None:
         """Begin to read and to commit."""
         self._reader = asyncio.create_task(self._read(), name=f"{self.group}-journal-reader")
-        self._tasks = [
-            asyncio.create_task(self._commit(), name=f"{self.group}-journal-committer"),
-            asyncio.create_task(self._renew(), name=f"{self.group}-journal-lease"),
-        ]
+        self._committer = asyncio.create_task(
+            self._commit(), name=f"{self.group}-journal-committer"
+        )
+        renewing = asyncio.create_task(self._renew(), name=f"{self.group}-journal-lease")
+        self._tasks = [self._committer, renewing]
         for task in (self._reader, *self._tasks):
             task.add_done_callback(self._tell_end)
 
@@ -142,10 +146,28 @@ class DurableIntake:
         self._emptied.clear()
         self._filled.set()
 
-    def note_committed(self, step: Step) -> None:
-        """Take over what a step changed that somebody else has committed."""
-        merge_state(self.state, step.state)
-        self._count_said([step])
+    async def commit(self, step: Step) -> None:
+        """
+        Commit a step after all that came before it; returns when it is kept.
+
+        Raises:
+            BrokerUnavailableError: The journal does not answer while nobody reads it yet, or any
+                more; in between it is waited for.
+        """
+        if self._committer is None or self._committer.done():
+            # State that was written before; what handlers left undone comes again
+            steps = [*(each for each in self._steps if not each.acks), step]
+            await self.journal.commit(self.group, self.consumer, steps)
+            self._count_said(steps)
+            self._steps = [each for each in self._steps if each not in steps]
+            merge_state(self.state, step.state)
+            return
+        kept = self._kept[id(step)] = asyncio.get_running_loop().create_future()
+        self.settle(step)
+        try:
+            await kept
+        finally:
+            self._kept.pop(id(step), None)
 
     def is_dead(self) -> bool:
         """Say whether nothing durable is heard or settled any more: only a restart helps."""
@@ -308,6 +330,8 @@ class DurableIntake:
                     cells[at + IN_RECEIVED] -= 1
                 else:
                     cells[at + IN_SETTLED] += 1
+            if (kept := self._kept.get(id(step))) is not None and not kept.done():
+                kept.set_result(None)
         self._count_said([step for step in steps if id(step) not in refused_ids])
         if refused:
             await self._forget_refused(refused)
@@ -341,6 +365,10 @@ class DurableIntake:
 
     def _tell_end(self, task: asyncio.Task[None]) -> None:
         """Notice what ended for a reason that nobody thought of."""
+        if task is self._committer:
+            for kept in self._kept.values():
+                if not kept.done():
+                    kept.set_exception(BrokerUnavailableError(f"{self.group} has ended"))
         if task.cancelled() or (error := task.exception()) is None:
             return
         self._dead = True

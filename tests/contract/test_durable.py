@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 import pytest
@@ -477,6 +477,37 @@ async def test_a_source_can_make_a_step_of_its_own(broker: MessageBroker) -> Non
                 await reader.sources_done.wait()
                 assert reader.ctx.state["row"] == 3
         await eventually(lambda: seen.seen == [0, 1, 2])
+
+
+async def test_what_was_written_last_is_kept_whether_in_a_step_or_outside(
+    broker: MessageBroker,
+) -> None:
+    """Else a successor would find a state that this agent had left behind."""
+
+    class Scribe(Agent):
+        found: ClassVar[list[dict[str, Any]]] = []
+
+        async def setup(self) -> None:
+            await self.keep_state()
+            self.found.append(dict(self.ctx.state))
+            await self.write("early")
+
+        @source
+        async def scribble(self) -> None:
+            await self.write("late")
+
+        async def write(self, name: str) -> None:
+            self.ctx.state[name] = 1
+            async with self.step() as ctx:
+                ctx.state[name] = 2
+            self.ctx.state[f"{name} too"] = 3
+
+    for _ in range(2):
+        async with running(broker, Scribe, "scribe") as scribe:
+            await scribe.sources_done.wait()
+
+    kept = {"early": 2, "early too": 3, "late": 2, "late too": 3}
+    assert Scribe.found == [{}, kept]
 
 
 async def test_a_timer_publishes_durably_too(broker: MessageBroker) -> None:
