@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import cross, inside, journal, over_redis, startup
+from benchmarks import cross, durable, inside, journal, over_redis, startup
 
 Measure = Callable[[], float]
 
@@ -143,6 +143,34 @@ COMPARISONS = [
         journal.bare_batches,
         "events/s",
         "-",
+    ),
+    Comparison(
+        "SQLite durable between processes / bare insert",
+        durable.throughput,
+        journal.bare_batches,
+        "events/s",
+        ">= 0.22",
+    ),
+    Comparison(
+        "SQLite chain of three agents / one link",
+        durable.chain,
+        durable.throughput,
+        "events/s",
+        ">= 0.33",
+    ),
+    Comparison(
+        "SQLite durable p50 at 1,000/s / 1.5 ms",
+        lambda: durable.latency()[0],
+        lambda: 1500.0,
+        "us",
+        "<= 1.0",
+    ),
+    Comparison(
+        "publish_batch of 1,000 / bare insert of 1,000",
+        journal.publish_thousand,
+        journal.bare_thousand,
+        "us",
+        "<= 2",
     ),
     Comparison(
         "SQLite backlog 1,000,000 / 1,000: start to append",

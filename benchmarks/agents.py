@@ -23,6 +23,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 SAMPLE = event_type("bench.sample", schema=Sample, doc="What the benchmarks send.")
+PASSED = event_type("bench.passed", schema=Sample, doc="A sample that a relay has passed on.")
 #: An event with this payload has about 200 bytes; its envelope alone has 150.
 now = time.monotonic
 TEXT = {200: "", 4096: "x" * 3850}
@@ -72,15 +73,14 @@ class Sender(Agent):
             await self.publish(SAMPLE, Sample("BTCUSD", 1.5, 2.5, time.monotonic(), text))
 
 
-class Counter(Agent):
+class _Counting(Agent):
     """Counts what arrives and writes the figure to a file after the last event."""
 
     async def setup(self) -> None:
         """Read the parameters once."""
         self.left = int(self.params["count"])
 
-    @on(SAMPLE)
-    async def count_one(self, sample: Sample) -> None:
+    def count(self, sample: Sample) -> None:
         """Count; the first event's `sent_s` says when it all began."""
         if sample.sent_s:
             self.begun_s = sample.sent_s
@@ -96,7 +96,34 @@ class Counter(Agent):
         path.with_suffix(".draft").rename(path)
 
 
-class Stopwatch(Counter):
+class Counter(_Counting):
+    """Counts samples."""
+
+    @on(SAMPLE)
+    async def count_one(self, sample: Sample) -> None:
+        """Count."""
+        self.count(sample)
+
+
+class Relay(Agent):
+    """Hears a sample and says it again, as the next link of a chain."""
+
+    @on(SAMPLE)
+    async def pass_on(self, sample: Sample) -> None:
+        """Say it under another type."""
+        await self.publish(PASSED, sample)
+
+
+class Last(_Counting):
+    """Counts at the end of the chain."""
+
+    @on(PASSED)
+    async def count_one(self, sample: Sample) -> None:
+        """Count."""
+        self.count(sample)
+
+
+class Stopwatch(_Counting):
     """Notes how long each event was on its way."""
 
     async def setup(self) -> None:
@@ -105,7 +132,7 @@ class Stopwatch(Counter):
         self.delays_us: list[float] = []
 
     @on(SAMPLE)
-    async def count_one(self, sample: Sample) -> None:
+    async def note(self, sample: Sample) -> None:
         """Note the way's time."""
         self.delays_us.append((time.monotonic() - sample.sent_s) * 1e6)
         if len(self.delays_us) == self.left:

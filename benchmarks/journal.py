@@ -10,7 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from mesh.journal import Record, Step
+from benchmarks.agents import SAMPLE, Sample
+from mesh import EventPublisher, InMemoryMessageBroker, PublisherConfig
+from mesh.events import set_delivery
+from mesh.journal import Journal, Record, Step
 from mesh.journals.sqlite import SQLiteJournal
 
 _FRAME = b"f" * 200
@@ -28,24 +31,15 @@ def append_batches(count: int = 50_000) -> float:
 def bare_batches(count: int = 50_000) -> float:
     """Insert 100 rows a commit into one plain table of the same content; events/s."""
     with tempfile.TemporaryDirectory(prefix="lgb-") as folder:
-        connection = sqlite3.connect(f"{folder}/bare.db", isolation_level=None)
+        connection = _bare(folder)
         with contextlib.closing(connection):
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-            connection.execute(
-                "CREATE TABLE events (seq INTEGER PRIMARY KEY, topic TEXT, id TEXT, frame BLOB)"
-            )
             batches = [
                 [("bench", f"e{at}", _FRAME) for at in range(first, first + _BATCH)]
                 for first in range(0, count, _BATCH)
             ]
             start = time.perf_counter()
             for batch in batches:
-                connection.execute("BEGIN")
-                connection.executemany(
-                    "INSERT INTO events (topic, id, frame) VALUES (?, ?, ?)", batch
-                )
-                connection.execute("COMMIT")
+                _insert(connection, batch)
             return count / (time.perf_counter() - start)
 
 
@@ -53,6 +47,26 @@ def end_to_end(count: int = 50_000) -> float:
     """Append in one journal, read and settle in another on the same file; events/s."""
     with tempfile.TemporaryDirectory(prefix="lgb-") as folder:
         return asyncio.run(_end_to_end(Path(folder, "journal.db"), count))
+
+
+def publish_thousand(rounds: int = 30) -> float:
+    """`publish_batch` of 1,000 durable events, everything on; us."""
+    with tempfile.TemporaryDirectory(prefix="lgb-") as folder:
+        return asyncio.run(_publish_thousand(Path(folder), rounds))
+
+
+def bare_thousand(rounds: int = 30) -> float:
+    """The same 1,000 frames encoded already, in one transaction of plain SQLite; us."""
+    with tempfile.TemporaryDirectory(prefix="lgb-") as folder:
+        connection = _bare(folder)
+        with contextlib.closing(connection):
+            times = []
+            for turn in range(rounds):
+                rows = [("bench", f"e{turn}-{at}", _FRAME) for at in range(1000)]
+                start = time.perf_counter()
+                _insert(connection, rows)
+                times.append(time.perf_counter() - start)
+            return sorted(times)[rounds // 2] * 1e6
 
 
 def first_touch(backlog: int) -> float:
@@ -70,6 +84,48 @@ def forget_backlogs() -> None:
     for path in _backlogs.values():
         shutil.rmtree(path.parent)
     _backlogs.clear()
+
+
+def _bare(folder: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"{folder}/bare.db", isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute(
+        "CREATE TABLE events (seq INTEGER PRIMARY KEY, topic TEXT, id TEXT, frame BLOB)"
+    )
+    return connection
+
+
+def _insert(connection: sqlite3.Connection, rows: list[tuple[str, str, bytes]]) -> None:
+    connection.execute("BEGIN")
+    connection.executemany("INSERT INTO events (topic, id, frame) VALUES (?, ?, ?)", rows)
+    connection.execute("COMMIT")
+
+
+async def _publish_thousand(folder: Path, rounds: int) -> float:
+    set_delivery(("bench.*",))
+    events = [(SAMPLE, Sample("BTCUSD", 1.5, 2.5, 0.0, "")) for _ in range(1000)]
+    async with _OnDisk(folder) as broker:
+        publisher = EventPublisher(PublisherConfig(agent_name="sender", broker=broker))
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            await publisher.publish_batch(events)
+            times.append(time.perf_counter() - start)
+        await publisher.close()
+    set_delivery()
+    return sorted(times)[rounds // 2] * 1e6
+
+
+class _OnDisk(InMemoryMessageBroker):
+    """A fabric in memory with a journal on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def make_journal(self) -> Journal:
+        return SQLiteJournal(self._folder / "journal.db")
 
 
 async def _append(path: Path, count: int) -> float:

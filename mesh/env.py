@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PARAM_PREFIX = "MESH_PARAM_"
+DEFAULT_JOURNAL = "journal"
 
 
 def environment() -> Mapping[str, str]:
@@ -23,7 +24,7 @@ def mesh_dir() -> str:
 
 def journal_name() -> str:
     """Give the name of the journal in the run directory: MESH_JOURNAL, or ``journal``."""
-    return os.environ.get("MESH_JOURNAL") or "journal"
+    return os.environ.get("MESH_JOURNAL") or DEFAULT_JOURNAL
 
 
 def agent_name() -> str | None:

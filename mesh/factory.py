@@ -52,7 +52,9 @@ def make_broker(
             directory, synchronous=config.journal_synchronous, journal=journal
         )
     elif config.broker_type == "redis":
-        made = member(**_redis_options(config))
+        made = member(
+            **_redis_options(config), allow_volatile=config.redis_allow_volatile, journal=journal
+        )
     else:
         made = member()
     return made

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections import Counter
 from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from mesh import codec
@@ -40,6 +41,9 @@ _READ_WAIT_S = 5.0
 #: Pauses while the journal does not answer.
 _OUTAGE = RetryPolicy(first_delay_s=0.05, max_delay_s=2.0)
 _REPLAY_PREFIX = f"{PRIVATE_PREFIX}replay."
+
+
+_topic_of = attrgetter("topic")
 
 
 def replay_topic(group: str) -> str:
@@ -141,18 +145,19 @@ class DurableIntake:
 
     def settle(self, step: Step) -> None:
         """Commit a step soon, after all that came before it."""
-        merge_state(self.state, step.state)
+        if step.state:
+            merge_state(self.state, step.state)
         self._steps.append(step)
-        self._emptied.clear()
-        self._filled.set()
+        if not self._filled.is_set():
+            self._emptied.clear()
+            self._filled.set()
 
     async def commit(self, step: Step) -> None:
         """
         Commit a step after all that came before it; returns when it is kept.
 
         Raises:
-            BrokerUnavailableError: The journal does not answer while nobody reads it yet, or any
-                more; in between it is waited for.
+            BrokerUnavailableError: It does not answer; only before `start` and after `close`.
         """
         if self._committer is None or self._committer.done():
             # State that was written before; what handlers left undone comes again
@@ -232,7 +237,7 @@ class DurableIntake:
                 continue
             tries = 0
             if deliveries:
-                for topic, group in groupby(deliveries, key=lambda each: each.topic):
+                for topic, group in groupby(deliveries, key=_topic_of):
                     self._receive(topic, list(group))
 
     def _receive(self, topic: str, deliveries: list[Delivery]) -> None:
@@ -320,21 +325,31 @@ class DurableIntake:
         if self._away:
             self._away = False
             _log.warning("%s: the journal is back", self.group)
-        cells = self._ledger.cells
-        refused_ids = set(map(id, refused))
-        for step in steps:
-            for delivery in step.acks:
-                self._out.pop((delivery.topic, delivery.position), None)
-                at = self._ledger.link(JOURNAL, delivery.topic)
-                if id(step) in refused_ids:
-                    cells[at + IN_RECEIVED] -= 1
-                else:
-                    cells[at + IN_SETTLED] += 1
-            if (kept := self._kept.get(id(step))) is not None and not kept.done():
-                kept.set_result(None)
-        self._count_said([step for step in steps if id(step) not in refused_ids])
+        self._count_settled(steps, IN_SETTLED)
+        if refused:
+            # Received and settled by somebody else
+            self._count_settled(refused, IN_RECEIVED, -1)
+            self._count_settled(refused, IN_SETTLED, -1)
+            refused_ids = set(map(id, refused))
+            steps = [step for step in steps if id(step) not in refused_ids]
+        self._count_said(steps)
+        if self._kept:
+            self._tell_kept(steps)
         if refused:
             await self._forget_refused(refused)
+
+    def _count_settled(self, steps: Sequence[Step], cell: int, sign: int = 1) -> None:
+        acks = [delivery for step in steps for delivery in step.acks]
+        out = self._out
+        for delivery in acks:
+            out.pop((delivery.topic, delivery.position), None)
+        for topic, amount in Counter(map(_topic_of, acks)).items():
+            self._ledger.cells[self._ledger.link(JOURNAL, topic) + cell] += sign * amount
+
+    def _tell_kept(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            if (kept := self._kept.get(id(step))) is not None and not kept.done():
+                kept.set_result(None)
 
     def _count_said(self, steps: Sequence[Step]) -> None:
         said = Counter(record.topic for step in steps for record in step.records)
@@ -366,18 +381,13 @@ class DurableIntake:
     def _tell_end(self, task: asyncio.Task[None]) -> None:
         """Notice what ended for a reason that nobody thought of."""
         if task is self._committer:
-            for kept in self._kept.values():
-                if not kept.done():
-                    kept.set_exception(BrokerUnavailableError(f"{self.group} has ended"))
+            for kept in [each for each in self._kept.values() if not each.done()]:
+                kept.set_exception(BrokerUnavailableError(f"{self.group} has ended"))
         if task.cancelled() or (error := task.exception()) is None:
             return
         self._dead = True
-        _log.critical(
-            "%s hears no durable events any more, for %s has failed",
-            self.group,
-            task.get_name(),
-            exc_info=error,
-        )
+        words = "%s hears no durable events any more, for %s has failed"
+        _log.critical(words, self.group, task.get_name(), exc_info=error)
 
     async def _wait_out(self, error: BrokerUnavailableError, tries: int) -> None:
         if not self._away:

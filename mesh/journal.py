@@ -167,7 +167,7 @@ class Journal(ABC):
 
     #: The name of the fabric it belongs to, as in the configuration.
     fabric: ClassVar[str]
-    features: ClassVar[frozenset[Feature]]
+    features: frozenset[Feature]
 
     #: Called (on the loop) with the topics of what was just appended or freed here, so that whoever
     #: joins the parts can wake the readers of other processes. Readers here wake by themselves.
@@ -306,6 +306,10 @@ class Journal(ABC):
             max_age_s: Forget what is older.
             max_bytes: Forget the oldest until the store is smaller.
         """
+
+    @abstractmethod
+    async def erase(self) -> None:
+        """Forget events, groups, state and dead letters; when nobody else uses the store."""
 
     async def __aenter__(self) -> Self:
         """Connect."""

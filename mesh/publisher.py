@@ -322,9 +322,11 @@ class EventPublisher:
             ClosedError: So is a closed broker.
         """
         policy = RetryPolicy(max_retries=max_retries, first_delay_s=retry_delay_ms / 1000)
+        # Made once: should a try that seemed to fail have been kept, the next one changes nothing
+        event = self.make_event(event_type, data, correlation_id, key=key)
         for attempt in range(max_retries + 1):
             try:
-                await self.publish(event_type, data, correlation_id, key=key)
+                await self.publish_event(event)
                 await self.flush(min(_TRY_S, self.config.publish_timeout_s))
             except BrokerUnavailableError as error:
                 failure = error
@@ -332,7 +334,7 @@ class EventPublisher:
                 return True
             if attempt < max_retries:
                 await self.config.clock.sleep(policy.delay_s(attempt + 1))
-        self._give_up(event_type, data, correlation_id, failure, attempts=max_retries + 1)
+        self._give_up(event, failure, attempts=max_retries + 1)
         return False
 
     async def flush(self, timeout_s: float | None = None) -> None:
@@ -376,31 +378,14 @@ class EventPublisher:
         elif self._add(out, entered, len(payload)):
             await self._outbox.send_full(out)
 
-    def _give_up(
-        self,
-        event_type: str,
-        data: Any,
-        correlation_id: str | None,
-        error: Exception,
-        *,
-        attempts: int,
-    ) -> None:
-        identity = self._new_id()
-        event = Event(
-            str(event_type),
-            data,
-            self.agent_name,
-            self._now(),
-            correlation_id or identity,
-            identity,
-        )
+    def _give_up(self, event: Event, error: Exception, *, attempts: int) -> None:
         self.dead_letters.put(
             self.dead_letters.letter(event, "unpublished", error, attempts=attempts)
         )
         _log.error(
             "%s could not publish %s after %d tries and keeps it as a dead letter: %s",
             self.agent_name,
-            event_type,
+            event.type,
             attempts,
             error,
         )

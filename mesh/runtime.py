@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -171,6 +172,7 @@ class _AgentProcess:
         self._agent: Agent | None = None
         self._ledger = Ledger.open(launch.rundir.ledger(launch.name))
         self._lag_s = 0.0
+        self._host = socket.gethostname()
         self._started_s = time.time()
 
     async def main(self) -> int:
@@ -282,7 +284,9 @@ class _AgentProcess:
         agent = self._agent
         if agent is not None and beat.state == "ready":
             with contextlib.suppress(MeshError):
-                await agent.publish(EventType.AGENT_HEARTBEAT, beat.facts())
+                # Names are unique in a mesh, hosts and directories tell where one of them is
+                where = {"host": self._host, "directory": str(self._launch.rundir.path)}
+                await agent.publish(EventType.AGENT_HEARTBEAT, {**beat.facts(), **where})
 
     def _beat_now(self, beats: BeatSender) -> Beat:
         ledger, agent = self._ledger, self._agent

@@ -19,6 +19,7 @@ import pytest
 from mesh.events import EventType, declarations, set_declarations, set_delivery
 from tests.plumbing import leaks, processes
 from tests.plumbing.processes import ROOT
+from tests.plumbing.redis_cluster import Cluster
 from tests.plumbing.redis_server import RedisServer, find_redis
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def redis_before(request: pytest.FixtureRequest) -> None:
     """Start the worker's server before a test's children are counted, also for a parameter."""
     if request.node.get_closest_marker("redis"):
         request.getfixturevalue("redis_home")
+    if request.node.get_closest_marker("redis_cluster"):
+        request.getfixturevalue("cluster_home")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -142,7 +145,7 @@ def redis_home(worker_id: str) -> Iterator[str]:
         if os.environ.get("CI") == "true":
             pytest.fail(missing)
         pytest.skip(missing)
-    server = RedisServer()
+    server = RedisServer(append_only=True)
     try:
         yield server.start().url
     finally:
@@ -157,6 +160,31 @@ def redis_url(redis_home: str) -> str:
     with redis.Redis.from_url(redis_home) as connection:
         connection.flushdb()
     return redis_home
+
+
+@pytest.fixture(scope="session")
+def cluster_home(redis_home: str) -> Iterator[Cluster]:
+    """Give this worker's cluster of three."""
+    if find_redis() is None:
+        pytest.skip("no redis-server on this machine to make a cluster of")
+    cluster = Cluster(append_only=True)
+    try:
+        cluster.start()
+        asyncio.run(cluster.join())
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def redis_cluster(cluster_home: Cluster) -> Cluster:
+    """Give an empty cluster."""
+    import redis
+
+    for server in cluster_home.servers:
+        with redis.Redis.from_url(server.url) as connection:
+            connection.flushall()
+    return cluster_home
 
 
 def _after_grace(find: Callable[[], list[processes.Process]]) -> list[processes.Process]:

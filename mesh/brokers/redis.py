@@ -11,27 +11,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mesh.broker import MessageBroker
-from mesh.brokers.redis_access import PORT, Access, Address, parse_url, tls_context
-from mesh.brokers.redis_kept import SILENT_S, Sparing
-from mesh.brokers.redis_node import Terms
-from mesh.brokers.redis_nodes import ClusterNodes, OneServer, always, by_sentinel
-from mesh.errors import BrokerUnavailableError, ConfigurationError
+from mesh.env import DEFAULT_JOURNAL, journal_name
+from mesh.errors import BrokerUnavailableError
+from mesh.redis_link.access import PORT
+from mesh.redis_link.kept import SILENT_S, Sparing
+from mesh.redis_link.node import Terms
+from mesh.redis_link.nodes import ClusterNodes
+from mesh.redis_link.place import place_of
 from mesh.topics import check_topic
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     from mesh.broker import Receiver
-    from mesh.brokers.redis_node import Node
-    from mesh.brokers.redis_nodes import Nodes
     from mesh.journal import Journal
+    from mesh.redis_link.node import Node
+    from mesh.redis_link.nodes import Nodes
 
-_MESH = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _SYNCHRONIZE_S = 15.0
 
 
@@ -62,6 +62,8 @@ class RedisMessageBroker(MessageBroker):
         client_name: How the connections show in CLIENT LIST.
         connect_timeout_s: How long `connect` and `attach` wait; ``math.inf``: for ever.
         silent_s: After so long without a sign of life a connection counts as lost.
+        allow_volatile: Let the journal use a Redis that may forget.
+        journal: Another journal of this mesh than the environment's, by name.
 
     Raises:
         ConfigurationError: The arguments contradict each other, or a file cannot be used.
@@ -91,33 +93,41 @@ class RedisMessageBroker(MessageBroker):
         client_name: str = "legion",
         connect_timeout_s: float = 5.0,
         silent_s: float = SILENT_S,
+        allow_volatile: bool = False,
+        journal: str | None = None,
     ) -> None:
         """Begin unconnected."""
         super().__init__()
-        address = Address(host, port, str(unix_socket_path) if unix_socket_path else None)
-        if url is not None:
-            said = parse_url(url)
-            address, tls = said.address, tls or said.tls
-            username, password = username or said.username, password or said.password
-            db = db or said.db
-        _check(address, mesh, cluster=cluster, sentinels=sentinels, tls=tls)
-        files = {"ssl_ca_certs": tls_ca, "ssl_certfile": tls_cert, "ssl_keyfile": tls_key}
-        self._address = address
-        self._access = Access(
-            username=username,
-            password=password,
-            db=0 if cluster else db,
-            tls=tls_context(tls_ca, tls_cert, tls_key) if tls else None,
-            client_name=client_name,
-        )
+        where: dict[str, Any] = {
+            "host": host,
+            "port": port,
+            "url": url,
+            "username": username,
+            "password": password,
+            "db": db,
+            "unix_socket_path": unix_socket_path,
+            "tls": tls,
+            "tls_ca": tls_ca,
+            "tls_cert": tls_cert,
+            "tls_key": tls_key,
+            "cluster": cluster,
+            "sentinels": sentinels,
+            "sentinel_service": sentinel_service,
+            "sentinel_password": sentinel_password,
+            "client_name": client_name,
+        }
+        self._place = place_of(**where, mesh=mesh)
+        name = journal or journal_name()
+        options = {
+            **where,
+            "mesh": mesh if name == DEFAULT_JOURNAL else f"{mesh}.{name}",
+            "connect_timeout_s": connect_timeout_s,
+            "silent_s": silent_s,
+            "allow_volatile": allow_volatile,
+        }
+        # Not among the attributes, where whoever prints them would print the password
+        self._journal_options: Callable[[], dict[str, Any]] = lambda: options
         self._cluster = cluster
-        self._find = always(address)
-        if sentinels:
-            options = {"ssl": True, **files} if tls else {}
-            self._find = by_sentinel(
-                sentinels, sentinel_service, {"password": sentinel_password, **options}
-            )
-        self._must_lead = bool(sentinels)
         self._prefix = f"legion:{mesh}:live:"
         self._connect_timeout_s = connect_timeout_s
         self._silent_s = silent_s
@@ -159,18 +169,16 @@ class RedisMessageBroker(MessageBroker):
 
     def _make_nodes(self) -> Nodes:
         terms = Terms(
-            self._access,
+            self._place.access,
             f"{self._prefix}_probe".encode(),
             self._deliver,
             self._wake,
             Sparing(),
             sharded=self._cluster,
-            must_lead=self._must_lead,
+            must_lead=self._place.must_lead,
             silent_s=self._silent_s,
         )
-        if self._cluster:
-            return ClusterNodes([self._address], terms, self._resend, self._routes.clear)
-        return OneServer(self._find, terms)
+        return self._place.nodes(terms, self._resend, self._routes.clear)
 
     def _joined(self) -> Nodes:
         self._require_open(connected=self._nodes is not None)
@@ -182,7 +190,7 @@ class RedisMessageBroker(MessageBroker):
             async with asyncio.timeout(None if limit_s == math.inf else limit_s):
                 await work
         except TimeoutError:
-            words = self.trouble() or f"redis at {self._address} does not answer"
+            words = self.trouble() or f"redis at {self._place.address} does not answer"
             raise BrokerUnavailableError(f"{words} (waited {limit_s:g} s)") from None
 
     # -- hearing -------------------------------------------------------------------------------
@@ -258,8 +266,10 @@ class RedisMessageBroker(MessageBroker):
     # -- sending -------------------------------------------------------------------------------
 
     def make_journal(self) -> Journal:
-        """Give the journal of the same Redis."""
-        raise NotImplementedError
+        """Give the journal of the same Redis: Streams."""
+        from mesh.journals.redis import RedisJournal
+
+        return RedisJournal(**self._journal_options())
 
     def try_send(self, topic: str, frame: bytes) -> bool:
         """
@@ -316,19 +326,3 @@ class RedisMessageBroker(MessageBroker):
         """Say why nothing can be sent, as far as it is known."""
         nodes = self._nodes.all() if self._nodes is not None else ()
         return "; ".join(sorted({str(node.trouble) for node in nodes if node.trouble is not None}))
-
-
-def _check(
-    address: Address, mesh: str, *, cluster: bool, sentinels: Sequence[tuple[str, int]], tls: bool
-) -> None:
-    problems = []
-    if not _MESH.fullmatch(mesh):
-        problems.append(f"mesh={mesh!r}: must be 1 to 64 characters of A-Z a-z 0-9 _ . -")
-    if cluster and sentinels:
-        problems.append("cluster and sentinels: a cluster elects its masters itself; choose one")
-    if address.path is not None and (cluster or sentinels):
-        problems.append(f"{address}: a Unix socket leads to one server; no cluster, no sentinels")
-    if address.path is not None and tls:
-        problems.append(f"{address}: a Unix socket needs no TLS")
-    if problems:
-        raise ConfigurationError(problems)

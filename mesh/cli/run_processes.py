@@ -64,7 +64,7 @@ async def run_processes(
             agents=agents,
             broker_type=config.broker_type,
             environment={"MESH_JOURNAL": _JOURNAL},
-            on_free=partial(_begin_journal, rundir),
+            on_free=partial(_begin_journal, config, rundir),
             on_wait=say.note,
         )
         run = _Run(rundir, config, stop)
@@ -76,10 +76,10 @@ async def run_processes(
                 await boot.down(rundir)
 
 
-async def _begin_journal(rundir: RunDir) -> None:
-    """A run begins with nothing kept: the journal of the last one goes."""
-    for path in rundir.journal(_JOURNAL).parent.glob(f"{rundir.journal(_JOURNAL).name}*"):
-        path.unlink()
+async def _begin_journal(config: MessageBusConfig, rundir: RunDir) -> None:
+    """A run begins with nothing kept: what the last one kept goes."""
+    async with make_broker(config, rundir.path, journal=_JOURNAL).make_journal() as journal:
+        await journal.erase()
 
 
 class _Run:

@@ -9,17 +9,24 @@ from typing import TYPE_CHECKING
 import click
 
 from mesh.cli import say
+from mesh.cli.elsewhere import listen
 from mesh.cli.exits import EXIT_WRONG
 from mesh.cli.facts import look
 from mesh.cli.place import Place, directory_option, json_option
+from mesh.config import MessageBusConfig
+from mesh.errors import MeshError
+from mesh.supervision import boot
 
 if TYPE_CHECKING:
+    from mesh.cli.elsewhere import AgentElsewhere
     from mesh.cli.facts import MeshFacts, ProgramFacts
+    from mesh.rundir import RunDir
 
 _COLUMNS = (
     "program", "state", "pid", "up", "supervisor", "beat", "restarts", "handled", "failed", "lost",
     "dropped", "queue", "lag", "p50", "p99",
 )  # fmt: skip
+_ELSEWHERE = ("host", "directory", "name", "state", "pid", "handled", "failed", "lost")
 #: Columns that a terminal shows only when one of their cells is something else.
 _QUIET: dict[str, object] = {
     "supervisor": "RUNNING", "restarts": 0, "failed": 0, "lost": 0, "dropped": 0, "queue": 0
@@ -37,16 +44,22 @@ def status(json_form: bool, directory: str | None) -> None:
     asked, so a hung one cannot hold this up. Exit code 0 when every program is READY and beats, 1
     when one is not, 3 when no mesh runs here. Losses are shown, and do not change the exit code.
 
+    On a fabric that joins hosts (Redis), agents of other run directories are listed by what their
+    heartbeats say; that takes a second of listening.
+
     \b
     Example:
       mesh status
       mesh status --json | python -m json.tool
     """  # noqa: D301
-    facts = asyncio.run(look(Place.find(directory).rundir))
+    rundir = Place.find(directory).rundir
+    facts = asyncio.run(look(rundir))
+    others, unknown = _elsewhere(rundir)
     if json_form:
-        say.as_json(facts.to_dict())
+        say.as_json({**facts.to_dict(), "elsewhere": [each.to_dict() for each in others]})
     else:
         _show(facts)
+        _show_elsewhere(others, unknown)
     sys.exit(EXIT_WRONG if facts.problems else 0)
 
 
@@ -75,6 +88,30 @@ def _show(facts: MeshFacts) -> None:
         say.line(problem, "red")
     if not facts.problems:
         say.line("all is well", "green")
+
+
+def _elsewhere(rundir: RunDir) -> tuple[list[AgentElsewhere], str]:
+    """Listen to other hosts where there can be some; gives them, or why they are unknown."""
+    # The mesh's own redis-server is nobody else's
+    if boot.has_own_redis(rundir):
+        return [], ""
+    try:
+        config = MessageBusConfig.from_env()
+        if config.broker_type != "redis":
+            return [], ""
+        return asyncio.run(listen(config, rundir)), ""
+    except MeshError as error:
+        return [], str(error)
+
+
+def _show_elsewhere(others: list[AgentElsewhere], unknown: str) -> None:
+    if unknown:
+        say.line(unknown, "yellow")
+    if others:
+        say.table(
+            ("elsewhere", *_ELSEWHERE[1:]),
+            [[getattr(each, name) for name in _ELSEWHERE] for each in others],
+        )
 
 
 def _worth_showing(rows: list[tuple[object, ...]]) -> list[int]:

@@ -105,6 +105,14 @@ class MemoryStore:
         self.bytes = 0
         self._seq = 0
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self.log.clear()
+        self.ids.clear()
+        self.groups.clear()
+        self.letters.clear()
+        self.bytes = 0
+
     def add(self, record: Record) -> bool:
         """Keep an event for every group that hears it, unless its id is known."""
         if record.id in self.ids:
@@ -152,7 +160,7 @@ class MemoryJournal(LocalJournal):
     """
 
     fabric: ClassVar[str] = "memory"
-    features: ClassVar[frozenset[Feature]] = frozenset({Feature.ATOMIC})
+    features = frozenset({Feature.ATOMIC})
 
     def __init__(self, store: MemoryStore | None = None) -> None:
         """Begin unconnected."""
@@ -173,6 +181,11 @@ class MemoryJournal(LocalJournal):
                 await self.leave(group, consumer)
         self._closed = True
         self._bells.ring()
+
+    async def erase(self) -> None:
+        """Forget everything."""
+        self._require_open()
+        self.store.clear()
 
     async def declare(self, group: str, topics: Collection[str], *, start: str = "now") -> None:
         """Make a group hear topics."""

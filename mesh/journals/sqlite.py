@@ -58,9 +58,7 @@ class SQLiteJournal(LocalJournal):
     """
 
     fabric: ClassVar[str] = "zmq"
-    features: ClassVar[frozenset[Feature]] = frozenset(
-        {Feature.PERSISTENT, Feature.SHARED, Feature.ATOMIC}
-    )
+    features = frozenset({Feature.PERSISTENT, Feature.SHARED, Feature.ATOMIC})
 
     def __init__(
         self,
@@ -123,6 +121,10 @@ class SQLiteJournal(LocalJournal):
         await asyncio.gather(*leaving, return_exceptions=True)
         await self._reader.stop()
         await self._writer.stop()
+
+    async def erase(self) -> None:
+        """Forget everything but the numbers of names, which this process has noted."""
+        await self._do(lambda tx: tx.erase())
 
     async def declare(self, group: str, topics: Collection[str], *, start: str = "now") -> None:
         """Make a group hear topics."""

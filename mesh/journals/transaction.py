@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Rows a statement: any number is made of few of them, and SQLite compiles each only once
 _LENGTHS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+_ERASED = ("events", "cursors", "members", "owners", "acked", "attempts", "done", "state", "dead")
 _IF_NEW = " ON CONFLICT DO NOTHING"
 
 
@@ -240,6 +241,11 @@ class Transaction:
                 self.run("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (group_id, name, value))
         self._inserted, self._settled, self._done = [], {}, []
         self._letters, self._state = [], {}
+
+    def erase(self) -> None:
+        """Forget everything but names."""
+        for table in _ERASED:
+            self.run(f"DELETE FROM {table}")  # noqa: S608 - names of our own
 
     def _insert_events(self) -> None:
         before = self.last_seq()

@@ -16,6 +16,7 @@ from mesh.supervision import boot
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient, SupervisorError
 from tests.chaos.words import AGENTS, HEARS, TILLS
 from tests.plumbing.processes import ROOT
+from tests.plumbing.redis_cluster import Cluster
 from tests.plumbing.redis_server import RedisServer
 
 if TYPE_CHECKING:
@@ -49,8 +50,6 @@ class Fabric:
         if self.name == "redis":
             self.servers = [RedisServer(append_only=True).start()]
             return {"LEGION_BROKER_TYPE": "redis", "REDIS_URL": self.servers[0].url}
-        from tests.redis.test_cluster import Cluster
-
         cluster = Cluster(append_only=True)
         self.servers = cluster.servers
         cluster.start()

@@ -28,6 +28,7 @@ from mesh import (
     source,
 )
 from mesh.brokers.memory import InMemoryMessageBroker
+from mesh.brokers.redis import RedisMessageBroker
 from mesh.brokers.zeromq import ZeroMQMessageBroker
 from mesh.errors import ClosedError, ConfigurationError
 from mesh.events import set_delivery
@@ -53,13 +54,17 @@ class Typed(msgspec.Struct):
 TYPED = event_type("shop.typed", durable=True, schema=Typed)
 
 
-@pytest.fixture(params=["memory", "zmq"])
+@pytest.fixture(params=["memory", "zmq", pytest.param("redis", marks=pytest.mark.redis)])
 async def broker(
     request: pytest.FixtureRequest, own_mesh_dir: Path
 ) -> AsyncIterator[MessageBroker]:
     if request.param == "memory":
         async with InMemoryMessageBroker() as made:
             yield made
+        return
+    if request.param == "redis":
+        async with RedisMessageBroker(url=request.getfixturevalue("redis_url")) as remote:
+            yield remote
         return
     async with ZeroMQMessageBroker(own_mesh_dir) as connected:
         yield connected

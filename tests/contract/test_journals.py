@@ -14,6 +14,7 @@ from mesh.journal import MAX_UNSETTLED, PARTITIONS, DeadQuery, Record, Step, par
 from tests.plumbing.journals import (
     JournalFabric,
     MemoryFabric,
+    RedisFabric,
     SQLiteFabric,
     drain,
     ids,
@@ -31,11 +32,26 @@ if TYPE_CHECKING:
     from mesh.journal import Delivery, Journal
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+FABRICS = [
+    "memory",
+    "sqlite",
+    pytest.param("redis", marks=pytest.mark.redis),
+    pytest.param("redis cluster", marks=[pytest.mark.redis, pytest.mark.redis_cluster]),
+]
+
+
+@pytest.fixture(params=FABRICS)
 async def fabric(request: pytest.FixtureRequest, rundir: Path) -> AsyncIterator[JournalFabric]:
-    made: JournalFabric = (
-        MemoryFabric() if request.param == "memory" else SQLiteFabric(rundir / "journal.db")
-    )
+    made: JournalFabric
+    if request.param == "memory":
+        made = MemoryFabric()
+    elif request.param == "sqlite":
+        made = SQLiteFabric(rundir / "journal.db")
+    elif request.param == "redis cluster":
+        port = request.getfixturevalue("redis_cluster").ports[0]
+        made = RedisFabric(host="127.0.0.1", port=port, cluster=True)
+    else:
+        made = RedisFabric(url=request.getfixturevalue("redis_url"))
     yield made
     await made.close()
 
@@ -923,3 +939,21 @@ async def _read_all(journal: Journal, consumer: str) -> list[Delivery]:
     while more := await journal.read("risk", consumer):
         handed += more
     return handed
+
+
+async def test_erasing_leaves_nothing_behind(fabric: JournalFabric) -> None:
+    journal = await fabric.open()
+    await journal.declare("risk", ["order"])
+    await journal.append(records("a", "b", "c"))
+    await journal.commit("risk", "one", [Step(state={"position": b"1"})])
+    await journal.bury([letter("gone")])
+
+    await journal.erase()
+
+    assert await journal.scan() == []
+    assert await journal.dead() == []
+    assert await journal.load_state("risk") == {}
+    assert sum(view.pending for view in await journal.groups()) == 0
+    await journal.declare("risk", ["order"])
+    await journal.append(records("d", "e"))
+    assert len(await journal.read("risk", "one", wait_s=5)) == 2

@@ -26,6 +26,8 @@ class Account:
     problems: list[str] = field(default_factory=list)
     #: Figures that are shown and judged by nobody.
     notes: dict[str, object] = field(default_factory=dict)
+    #: What is said at the end when there are no problems.
+    all_well: str = "nobody stopped, all is counted"
 
     def close(self, what: str, total: int, **parts: int) -> None:
         """Add a line; one that does not close is a problem."""
@@ -43,5 +45,5 @@ class Account:
         rows += [(name, str(value)) for name, value in self.notes.items()]
         width = max(len(name) for name, _ in rows)
         text = "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
-        verdict = "\n".join(self.problems) or "nobody stopped, all is counted"
+        verdict = "\n".join(self.problems) or self.all_well
         return f"{text}\n{verdict}\n"

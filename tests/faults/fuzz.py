@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import configparser
 import contextlib
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -31,8 +29,8 @@ from mesh.supervision import boot
 from mesh.supervision.supervisord import SupervisorClient
 from tests.faults.account import Account
 from tests.faults.frames import HEARD, Frames, is_private
+from tests.faults.project import write_project
 from tests.faults.zmtp import GREETING, Peer, message, ready_command
-from tests.plumbing.processes import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +61,7 @@ class Target:
         self._project = project
 
     async def __aenter__(self) -> Self:
-        _write_project(self._project)
+        write_project(self._project, "hearer")
         async with contextlib.AsyncExitStack() as exits:
             await boot.up(self._project, self.rundir)
             exits.push_async_callback(boot.down, self.rundir)
@@ -333,23 +331,6 @@ async def _settle(read: Callable[[], int], goal: int) -> int:
     while (figure := read()) < goal and time.monotonic() < give_up_s:  # noqa: ASYNC110
         await asyncio.sleep(_LOOK_S)
     return figure
-
-
-def _write_project(project: Path) -> None:
-    """Write a supervisord.conf with the mesh's own programs and one agent."""
-    parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
-    parser.read(ROOT / "supervisord.conf")
-    own = {f"program:{name}" for name in boot.INFRASTRUCTURE}
-    model = dict(parser["program:risk"])
-    for section in parser.sections():
-        if section.startswith("program:") and section not in own:
-            parser.remove_section(section)
-    parser["program:hearer"] = {key: text.replace("risk", "hearer") for key, text in model.items()}
-    with (project / "supervisord.conf").open("w") as file:
-        parser.write(file)
-    (project / "agents").mkdir()
-    (project / "agents" / "__init__.py").touch()
-    shutil.copy(Path(__file__).with_name("hearer.py"), project / "agents")
 
 
 async def _main(frames: int, seed: int, folder: Path) -> int:

@@ -26,7 +26,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
     ),
     ("5 middleware", [{"middleware.*", "inbox"}]),
     # A broker brings the journal of its fabric along
-    ("4 members", [{"brokers.*"}, {"journals.*"}]),
+    ("4 members", [{"brokers.*"}, {"journals.*"}, {"redis_link.*"}]),
     ("3 contracts", [{"broker", "context", "handlers"}, {"journal"}]),
     (
         "2 pure tools",
@@ -52,16 +52,16 @@ NO_AGENTS = {"agents", "feed", "payloads", "settings"}
 DOORS = {
     "aiomultiprocess": {"workers"},
     "click": {"cli.*"},
-    "hiredis": {"brokers.resp"},
+    "hiredis": {"redis_link.resp"},
     # The language of values here; still, who needs bytes from values asks the codec
     "msgspec": {
-        "beats", "card", "codec", "context", "deadletters", "events", "handlers", "publisher",
-        "slots", "supervision.*", "telemetry", "values",
+        "beats", "card", "codec", "context", "deadletters", "events", "handlers",
+        "journals.*", "publisher", "slots", "supervision.*", "telemetry", "values",
     },
     "opentelemetry": {"telemetry"},
     "pytest": {"testing.*"},
     "pytest_asyncio": {"testing.*"},
-    "redis": {"brokers.redis_nodes", "journals.redis"},
+    "redis": {"redis_link.nodes"},
     "rich": {"cli.*"},
     "zmq": {"brokers.zeromq", "brokers.forwarder"},
 }  # fmt: skip

@@ -25,6 +25,8 @@ SCRIPTS = [
     "scripts/test",
     "scripts/check",
     "scripts/bench",
+    "scripts/fuzz",
+    "scripts/starts",
     "scripts/lock",
     ".ci/run",
 ]

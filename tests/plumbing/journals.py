@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mesh.deadletters import DeadLetter
 from mesh.journal import LEASE_S, PARTITIONS, Delivery, Journal, Record, Step, partition_of
 from mesh.journals.memory import MemoryJournal, MemoryStore
+from mesh.journals.redis import RedisJournal
 from mesh.journals.sqlite import SQLiteJournal
 from mesh.testing import FakeClock
 
@@ -52,6 +54,29 @@ class MemoryFabric(JournalFabric):
 
     async def let_leases_end(self) -> None:
         await self._clock.advance(LEASE_S + 1)
+
+
+class RedisFabric(JournalFabric):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        # A server that a developer names may forget what it likes
+        volatile = "LEGION_TEST_REDIS_URL" in os.environ
+        self._options = {"allow_volatile": volatile, **options}
+
+    def make(self) -> RedisJournal:
+        return RedisJournal(**self._options)
+
+    async def let_leases_end(self) -> None:
+        """Put their ends into the past: Redis's clock belongs to nobody."""
+        store = (await self.open())._store  # type: ignore[attr-defined]
+        for group in await store.call(
+            b"legion:default:groups", "SMEMBERS", "legion:default:groups"
+        ):
+            members = b"legion:default:group:{%b}:members" % group
+            flat = await store.call(members, "HGETALL", members)
+            for name, value in zip(flat[::2], flat[1::2], strict=True):
+                incarnation, _, lease = value.split(b" ")
+                await store.call(members, "HSET", members, name, b"%b 1 %b" % (incarnation, lease))
 
 
 class SQLiteFabric(JournalFabric):

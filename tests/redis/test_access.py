@@ -15,9 +15,9 @@ from mesh import (
     MessageBusConfig,
     RedisMessageBroker,
 )
-from mesh.brokers.redis_access import Access, Address, unavailable
-from mesh.brokers.resp import ReplyError
 from mesh.factory import make_broker
+from mesh.redis_link.access import Access, Address, unavailable
+from mesh.redis_link.resp import ReplyError
 from tests.plumbing.processes import eventually
 from tests.plumbing.redis_server import RedisServer
 from tests.redis.tools import Ear, command, free_ports

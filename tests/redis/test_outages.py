@@ -100,7 +100,7 @@ async def test_while_it_is_away_nothing_is_accepted(server: RedisServer) -> None
 
 
 async def test_it_is_said_sparingly(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "mesh.brokers.redis")
+    caplog.set_level(logging.INFO, "mesh.redis")
     async with RedisMessageBroker(url=server.url) as broker:
         for _ in range(3):
             await asyncio.to_thread(server.kill)
@@ -108,7 +108,7 @@ async def test_it_is_said_sparingly(server: RedisServer, caplog: pytest.LogCaptu
             await asyncio.to_thread(server.start)
             await broker.send("t", b"{}")
 
-    lines = [each.getMessage() for each in caplog.records if each.name == "mesh.brokers.redis"]
+    lines = [each.getMessage() for each in caplog.records if each.name == "mesh.redis"]
     assert len(lines) == 2, lines
     assert "connecting anew" in lines[0]
     assert "is back after" in lines[1]

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis.asyncio
 
-from mesh import EventPublisher, PublisherConfig, RedisMessageBroker
+from mesh import (
+    ConsumerConfig,
+    Event,
+    EventConsumer,
+    EventHandlerRegistry,
+    EventPublisher,
+    PublisherConfig,
+    RedisMessageBroker,
+    event_type,
+)
+from mesh.journal import partition_of
 from tests.plumbing.processes import eventually
 from tests.redis.tools import listener
 
@@ -17,6 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.redis
 
+KEPT = event_type("number.kept", durable=True)
 CHANNEL = "legion:default:live:number.said"
 
 
@@ -66,3 +77,34 @@ async def test_a_stranger_is_heard_and_nonsense_hurts_nobody(
         assert ear.numbers == [7]
         assert ear.ledger.lost() == 0
         await ear.stop()
+
+
+async def test_an_event_added_to_a_stream_from_outside_is_handled(
+    redis_url: str, stranger: redis.asyncio.Redis
+) -> None:
+    event = {
+        "specversion": "1.0", "id": "from-outside", "source": "stranger", "type": KEPT,
+        "data": {"number": 7}, "partitionkey": "k",
+    }  # fmt: skip
+    stream = f"legion:{{default:{partition_of('k')}}}:durable:{KEPT}"
+    async with RedisMessageBroker(url=redis_url) as broker:
+        numbers: list[int] = []
+
+        async def hear(event: Event) -> None:
+            numbers.append(event.data["number"])
+
+        registry = EventHandlerRegistry()
+        await registry.register(KEPT, hear, "ear", "hear")
+        ear = EventConsumer(
+            ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry)
+        )
+        await ear.start()
+        await stranger.xadd(stream, {"event": "nonsense"})
+        await stranger.xadd(stream, {"event": json.dumps(event)})
+        await eventually(lambda: numbers == [7])
+        await ear.drained()
+        await ear.stop()
+        journal = await broker.open_journal()
+
+        assert [letter.reason for letter in await journal.dead()] == ["undecodable"]
+        assert {view.pending for view in await journal.groups()} == {0}

@@ -8,18 +8,18 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from mesh.brokers.redis_access import open_connection, unavailable
-from mesh.brokers.resp import ReplyError, forget
 from mesh.errors import AccessDeniedError, BrokerUnavailableError
+from mesh.redis_link.access import open_connection, unavailable
+from mesh.redis_link.resp import ReplyError, forget
 from mesh.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from mesh.brokers.redis_access import Access, Address
-    from mesh.brokers.resp import RespConnection
+    from mesh.redis_link.access import Access, Address
+    from mesh.redis_link.resp import RespConnection
 
-_log = logging.getLogger("mesh.brokers.redis")
+_log = logging.getLogger("mesh.redis")
 
 #: An idle connection is asked for a sign of life so often.
 CHECK_EVERY_S = 1.0

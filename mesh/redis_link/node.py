@@ -7,17 +7,17 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from mesh.brokers.redis_access import unavailable
-from mesh.brokers.redis_kept import SILENT_S, KeptConnection
-from mesh.brokers.resp import LostError, ReplyError
+from mesh.redis_link.access import unavailable
+from mesh.redis_link.kept import SILENT_S, KeptConnection
+from mesh.redis_link.resp import LostError, ReplyError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterator
 
-    from mesh.brokers.redis_access import Access, Address
-    from mesh.brokers.redis_kept import Sparing
-    from mesh.brokers.resp import RespConnection
     from mesh.errors import BrokerUnavailableError
+    from mesh.redis_link.access import Access, Address
+    from mesh.redis_link.kept import Sparing
+    from mesh.redis_link.resp import RespConnection
 
 #: A server that refuses events is left alone for a moment.
 _REFUSED_S = 0.25

@@ -6,16 +6,16 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mesh.brokers.redis_access import Address, open_connection
-from mesh.brokers.redis_kept import end
-from mesh.brokers.redis_node import MovedError, Node
-from mesh.brokers.resp import ReplyError
 from mesh.errors import AccessDeniedError, BrokerUnavailableError
+from mesh.redis_link.access import Address, open_connection
+from mesh.redis_link.kept import end
+from mesh.redis_link.node import MovedError, Node
+from mesh.redis_link.resp import ReplyError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
-    from mesh.brokers.redis_node import Terms
+    from mesh.redis_link.node import Terms
 
 _SENTINEL_S = 1.0
 #: A cluster's layout is asked for at most so often.

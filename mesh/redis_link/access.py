@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from mesh.brokers.resp import LostError, ReplyError, RespConnection
 from mesh.errors import AccessDeniedError, BrokerUnavailableError, ConfigurationError
+from mesh.redis_link.resp import LostError, ReplyError, RespConnection
 
 if TYPE_CHECKING:
     from pathlib import Path

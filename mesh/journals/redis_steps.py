@@ -1,0 +1,136 @@
+"""The steps of one commit, put together: what they settle of which stream, and how to undo that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mesh.journals.redis_consumers import name_of
+
+if TYPE_CHECKING:
+    from mesh.deadletters import DeadLetter
+    from mesh.journal import Record, Step
+    from mesh.journals.redis_consumers import Consumer, Lane, Name
+    from mesh.journals.redis_entries import Spot
+
+
+@dataclass(slots=True)
+class LaneSteps:
+    """What is settled of one stream."""
+
+    #: The youngest: the place of the settled ones.
+    reached: tuple[Spot, int, str] | None = None
+    #: On the pending list.
+    acks: list[str] = field(default_factory=list)
+    marks: list[str] = field(default_factory=list)
+    unmarks: list[str] = field(default_factory=list)
+
+
+class Settlement:
+    """
+    Steps that are not refused.
+
+    Args:
+        me: Whose they are; None: a source's.
+    """
+
+    def __init__(self, me: Consumer | None) -> None:
+        """Settle nothing yet."""
+        self._me = me
+        #: The consumer's name, for the pending list.
+        self.consumer = "" if me is None else me.name
+        self.lanes: dict[Lane, LaneSteps] = {}
+        self.records: list[Record] = []
+        self.letters: list[DeadLetter] = []
+        self.state: dict[str, bytes | None] = {}
+        self._settled: list[tuple[Name, int]] = []
+        #: What streams knew of them.
+        self._known: list[tuple[dict[str, tuple[Spot, int]], str, tuple[Spot, int]]] = []
+
+    def add(self, step: Step) -> bool:
+        """Take a step in; False when it settles what the consumer does not hold."""
+        acks, me = step.acks, self._me
+        if len(acks) == 1 and me is not None and not step.done:
+            # What nearly all are
+            name = name_of(acks[0])
+            if name not in me.held:
+                return False
+            self._ack(me, name)
+        elif acks or step.done:
+            if me is None:
+                return False
+            names = [name_of(each) for each in acks]
+            marks = [(name_of(each), handler) for each, handler in step.done]
+            known = all(name in me.held for name in [*names, *(name for name, _ in marks)])
+            if not known or len(set(names)) < len(names):
+                return False
+            for name, handler in marks:
+                self._mark(me, name, handler)
+            for name in names:
+                self._ack(me, name)
+        if step.records:
+            self.records += step.records
+        if step.dead:
+            self.letters += step.dead
+        if step.state:
+            self.state |= step.state
+        return True
+
+    def pins(self, lane: Lane) -> list[str]:
+        """Give what is held of a stream, and older than what is settled."""
+        reached = self.lanes[lane].reached
+        overtaken: list[str] = []
+        if reached is not None:
+            for position, (spot, _) in lane.plain.items():
+                if spot > reached[0]:
+                    break
+                overtaken.append(position)
+        return overtaken
+
+    def undo(self) -> None:
+        """Hold everything again."""
+        if self._me is None:
+            return
+        for name, count in self._settled:
+            if self._me.settling.pop(name, None) is not None:
+                self._me.held[name] = count
+        for places, position, place in self._known:
+            places[position] = place
+        for lane in self.lanes:
+            lane.plain = dict(sorted(lane.plain.items(), key=lambda item: item[1]))
+
+    def settle(self) -> None:
+        """Let go of all of it, because Redis has."""
+        if self._me is None:
+            return
+        for lane in self.lanes:
+            for position in self.pins(lane):
+                del lane.plain[position]
+        self._me.settled(name for name, _ in self._settled)
+
+    def _ack(self, me: Consumer, name: Name) -> None:
+        count = me.settling[name] = me.held.pop(name)
+        topic, partition, position = name
+        lane = me.lanes[topic, partition]
+        steps = self.lanes.get(lane)
+        if steps is None:
+            steps = self.lanes[lane] = LaneSteps()
+        places = lane.plain
+        place = places.pop(position, None)
+        if place is None:
+            steps.acks.append(position)
+            places = lane.returned
+            place = places.pop(position, None)
+        if place is not None:
+            self._known.append((places, position, place))
+            if steps.reached is None or place[0] > steps.reached[0]:
+                steps.reached = (*place, position)
+        if lane.done and position in lane.done:
+            steps.unmarks += [f"{position} {each}" for each in lane.done.pop(position)]
+        self._settled.append((name, count))
+
+    def _mark(self, me: Consumer, name: Name, handler: str) -> None:
+        topic, partition, position = name
+        lane = me.lanes[topic, partition]
+        lane.done.setdefault(position, set()).add(handler)
+        self.lanes.setdefault(lane, LaneSteps()).marks.append(f"{position} {handler}")

@@ -1,0 +1,1 @@
+"""The way to Redis: RESP, connections that come back, one server, Sentinel or a cluster."""
