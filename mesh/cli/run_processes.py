@@ -150,15 +150,18 @@ class _Run:
         self._quiet = await watch.quiet()
 
     async def _guard(self, *, at_start: bool = False) -> ProcessInfo:
-        """Return the first program that is given up; at the start an agent has one try only."""
+        """Return the first program that is given up; an agent has one try for its first start."""
         while True:
             for program in await self._client.processes():
-                is_agent = program.name not in INFRASTRUCTURE
-                if program.has_given_up or (
-                    at_start and is_agent and program.state in ("BACKOFF", "EXITED")
-                ):
+                has_ended = program.state in ("BACKOFF", "EXITED")
+                if program.has_given_up or (at_start and has_ended and self._is_new(program.name)):
                     return program
             await asyncio.sleep(_GUARD_S)
+
+    def _is_new(self, name: str) -> bool:
+        """Say whether an agent has never been READY: one that has will be so again."""
+        view = self._views().get(name)
+        return name not in INFRASTRUCTURE and (view is None or not view.ready_at_s)
 
     def _refuse(self, program: ProcessInfo) -> None:
         words = f"{program.name}: {last_words(self._rundir, program)}"
