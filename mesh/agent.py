@@ -343,7 +343,8 @@ class Agent:
 
         Raises:
             ConfigurationError: This agent keeps no state.
-            BrokerUnavailableError: The journal does not answer; nothing is kept.
+            BrokerUnavailableError: The journal does not answer while the agent starts or ends; in
+                between it is waited for, as with the steps of handlers.
         """
         known = self.consumer.loose_context()
         context = HandlerContext(self.name, known.known, cause=cause)

@@ -61,7 +61,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     failed: int = 0
     lost: int = 0
     dropped: int = 0
-    #: A cancelled handler does not end: only a restart helps.
+    #: Only a restart helps: a cancelled handler does not end, or nothing is heard any more.
     needs_restart: bool = False
     sources: str = "none"
     #: The version of the roster it acts on.

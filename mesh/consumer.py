@@ -259,8 +259,8 @@ class EventConsumer:
         return self._slots.in_flight()
 
     def is_stuck(self) -> bool:
-        """Say whether a handler was cancelled and is still there: only a restart helps."""
-        return self._slots.is_stuck()
+        """Say whether only a restart helps: a cancelled handler is still there, or we are deaf."""
+        return self._slots.is_stuck() or (self._intake is not None and self._intake.is_dead())
 
     @property
     def has_state(self) -> bool:
@@ -295,9 +295,7 @@ class EventConsumer:
         """
         intake = self._intake
         assert intake is not None, "a context comes from `loose_context`"
-        step = context.step()
-        await intake.journal.commit(intake.group, intake.consumer, [step])
-        intake.note_committed(step)
+        await intake.commit(context.step())
 
     # -- receiving -----------------------------------------------------------------------------
 

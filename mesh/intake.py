@@ -109,6 +109,9 @@ class DurableIntake:
         self._topics: list[str] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._reader: asyncio.Task[None] | None = None
+        self._committer: asyncio.Task[None] | None = None
+        #: Steps whose makers wait, by their identity.
+        self._kept: dict[int, asyncio.Future[None]] = {}
         self._steps: list[Step] = []
         #: Taken from `_steps`, and not committed yet.
         self._committing: list[Step] = []
@@ -124,6 +127,7 @@ class DurableIntake:
         #: That of the last delivery: see `Delivery.tenure`.
         self._tenure: int | str | None = None
         self._away = False
+        self._dead = False
 
     async def open(self, topics: Collection[str], start: str) -> None:
         """
@@ -141,10 +145,13 @@ class DurableIntake:
     def start(self) -> None:
         """Begin to read and to commit."""
         self._reader = asyncio.create_task(self._read(), name=f"{self.group}-journal-reader")
-        self._tasks = [
-            asyncio.create_task(self._commit(), name=f"{self.group}-journal-committer"),
-            asyncio.create_task(self._renew(), name=f"{self.group}-journal-lease"),
-        ]
+        self._committer = asyncio.create_task(
+            self._commit(), name=f"{self.group}-journal-committer"
+        )
+        renewing = asyncio.create_task(self._renew(), name=f"{self.group}-journal-lease")
+        self._tasks = [self._committer, renewing]
+        for task in (self._reader, *self._tasks):
+            task.add_done_callback(self._tell_end)
 
     def settle(self, step: Step) -> None:
         """Commit a step soon, after all that came before it."""
@@ -155,10 +162,31 @@ class DurableIntake:
             self._emptied.clear()
             self._filled.set()
 
-    def note_committed(self, step: Step) -> None:
-        """Take over what a step changed that somebody else has committed."""
-        merge_state(self.state, step.state)
-        self._count_said([step])
+    async def commit(self, step: Step) -> None:
+        """
+        Commit a step after all that came before it; returns when it is kept.
+
+        Raises:
+            BrokerUnavailableError: It does not answer; only before `start` and after `close`.
+        """
+        if self._committer is None or self._committer.done():
+            # State that was written before; what handlers left undone comes again
+            steps = [*(each for each in self._steps if not each.acks), step]
+            await self.journal.commit(self.group, self.consumer, steps)
+            self._count_said(steps)
+            self._steps = [each for each in self._steps if each not in steps]
+            merge_state(self.state, step.state)
+            return
+        kept = self._kept[id(step)] = asyncio.get_running_loop().create_future()
+        self.settle(step)
+        try:
+            await kept
+        finally:
+            self._kept.pop(id(step), None)
+
+    def is_dead(self) -> bool:
+        """Say whether nothing durable is heard or settled any more: only a restart helps."""
+        return self._dead
 
     def unsettled(self) -> int:
         """Count what was handed to the slots and is not committed."""
@@ -211,6 +239,7 @@ class DurableIntake:
                 )
             except ClosedError as error:
                 _log.error("%s hears no durable events any more: %s", self.group, error)
+                self._dead = True
                 return
             except BrokerUnavailableError as error:
                 tries += 1
@@ -355,6 +384,8 @@ class DurableIntake:
             refused_ids = set(map(id, refused))
             steps = [step for step in steps if id(step) not in refused_ids]
         self._count_said(steps)
+        if self._kept:
+            self._tell_kept(steps)
         if not self._out:
             self._back.set()
         return refused
@@ -366,6 +397,11 @@ class DurableIntake:
             out.pop((delivery.topic, delivery.position), None)
         for topic, amount in Counter(map(_topic_of, acks)).items():
             self._ledger.cells[self._ledger.link(JOURNAL, topic) + cell] += sign * amount
+
+    def _tell_kept(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            if (kept := self._kept.get(id(step))) is not None and not kept.done():
+                kept.set_result(None)
 
     def _count_said(self, steps: Sequence[Step]) -> None:
         said = Counter(record.topic for step in steps for record in step.records)
@@ -395,6 +431,17 @@ class DurableIntake:
             except BrokerUnavailableError as error:
                 tries += 1
                 await self._wait_out(error, tries)
+
+    def _tell_end(self, task: asyncio.Task[None]) -> None:
+        """Notice what ended for a reason that nobody thought of."""
+        if task is self._committer:
+            for kept in [each for each in self._kept.values() if not each.done()]:
+                kept.set_exception(BrokerUnavailableError(f"{self.group} has ended"))
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        self._dead = True
+        words = "%s hears no durable events any more, for %s has failed"
+        _log.critical(words, self.group, task.get_name(), exc_info=error)
 
     async def _wait_out(self, error: BrokerUnavailableError, tries: int) -> None:
         if not self._away:

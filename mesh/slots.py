@@ -118,6 +118,7 @@ class Slots:
             slot.task = asyncio.create_task(
                 self._work(slot), name=f"{self._agent_name}-slot-{number}"
             )
+            slot.task.add_done_callback(_tell_failure)
         self._watch_task = asyncio.create_task(self._watch(), name=f"{self._agent_name}-watch")
 
     async def stop(self) -> None:
@@ -154,9 +155,10 @@ class Slots:
         return len(busy), oldest.age_s, oldest.handler.id if oldest.handler else None
 
     def is_stuck(self) -> bool:
-        """Say whether a handler was cancelled and is still there: only a restart helps."""
+        """Say whether only a restart helps: a cancelled handler is still there, or a slot died."""
         return any(
-            slot.timed_out and slot.age_s > self._limit_s(slot) + CANCEL_GRACE_S
+            (slot.timed_out and slot.age_s > self._limit_s(slot) + CANCEL_GRACE_S)
+            or _has_failed(slot.task)
             for slot in self._slots
         )
 
@@ -466,7 +468,8 @@ class Slots:
             tick_s = self._tick_s()
             before = clock.mono_s()
             await clock.sleep(tick_s)
-            elapsed_s = clock.mono_s() - before
+            # While the whole process was stopped no handler ran
+            elapsed_s = min(clock.mono_s() - before, 2 * tick_s)
             for slot in self._slots:
                 self._look_at(slot, elapsed_s)
 
@@ -491,6 +494,16 @@ class Slots:
         if slot.age_s > self._limit_s(slot) and not slot.timed_out and slot.task is not None:
             slot.timed_out = True
             slot.task.cancel()
+
+
+def _tell_failure(task: asyncio.Task[None]) -> None:
+    """Nobody awaits a slot: what ends one for a reason that nobody thought of is said here."""
+    if _has_failed(task):
+        _log.critical("%s has failed and hears nothing", task.get_name(), exc_info=task.exception())
+
+
+def _has_failed(task: asyncio.Task[None] | None) -> bool:
+    return task is not None and task.done() and not task.cancelled()
 
 
 def _is_worth_a_try(failure: BaseException, policy: RetryPolicy) -> bool:

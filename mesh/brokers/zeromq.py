@@ -55,6 +55,8 @@ HIGH_WATER_FRAMES = 2000
 #: Frames taken from the socket in one go before the loop gets a turn.
 _DRAIN_BUDGET = 32
 _PROBE = "_probe."
+#: How soon an echo is looked for by hand.
+_LOOK_S = 0.02
 
 
 class ZeroMQMessageBroker(MessageBroker):
@@ -223,7 +225,12 @@ class ZeroMQMessageBroker(MessageBroker):
                 self._check_events()
 
     async def _await_echo(self, probe: _Probe) -> None:
-        await probe.subscribed.wait()
+        while not probe.subscribed.is_set():
+            # An event that leaves at the wrong moment eats the edge that tells of a subscription
+            self._read_subscriptions()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await probe.subscribed.wait()
         try:
             self._publisher.send(probe.topic, zmq.NOBLOCK)
         except zmq.Again:
@@ -292,6 +299,7 @@ class ZeroMQMessageBroker(MessageBroker):
                 del self._receivers[key], self._names[key]
                 if self._context is not None:
                     self._subscriber.setsockopt(zmq.UNSUBSCRIBE, key)
+                    self._check_events()
         self.resume(receiver)
 
     def resume(self, receiver: Receiver) -> None:

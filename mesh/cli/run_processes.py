@@ -121,7 +121,7 @@ class _Run:
     async def _start(self) -> None:
         """Wait until all are READY; an agent that fails at its first start ends the run."""
         waiting = asyncio.create_task(ready(self._rundir), name="ready")
-        guarding = asyncio.create_task(self._guard({"BACKOFF", "FATAL", "EXITED"}), name="guard")
+        guarding = asyncio.create_task(self._guard(at_start=True), name="guard")
         try:
             await asyncio.wait({waiting, guarding}, return_when=asyncio.FIRST_COMPLETED)
             if guarding.done():
@@ -136,7 +136,7 @@ class _Run:
     async def _until_quiet(self, watch: Watch) -> None:
         """Wait for the end of the input and what follows; an agent that is given up ends it too."""
         working = asyncio.create_task(self._work(watch), name="work")
-        guarding = asyncio.create_task(self._guard({"FATAL", "EXITED", "STOPPED"}), name="guard")
+        guarding = asyncio.create_task(self._guard(), name="guard")
         try:
             await asyncio.wait({working, guarding}, return_when=asyncio.FIRST_COMPLETED)
             if working.done():
@@ -150,14 +150,19 @@ class _Run:
         await watch.sources_done()
         self._quiet = await watch.quiet()
 
-    async def _guard(self, states: Collection[str]) -> ProcessInfo:
-        """Return the first program that is in one of these states."""
+    async def _guard(self, *, at_start: bool = False) -> ProcessInfo:
+        """Return the first program that is given up; an agent has one try for its first start."""
         while True:
             for program in await self._client.processes():
-                tries_again = program.state == "BACKOFF" and program.name in INFRASTRUCTURE
-                if program.state in states and not tries_again:
+                has_ended = program.state in ("BACKOFF", "EXITED")
+                if program.has_given_up or (at_start and has_ended and self._is_new(program.name)):
                     return program
             await asyncio.sleep(_GUARD_S)
+
+    def _is_new(self, name: str) -> bool:
+        """Say whether an agent has never been READY: one that has will be so again."""
+        view = self._views().get(name)
+        return name not in INFRASTRUCTURE and (view is None or not view.ready_at_s)
 
     def _refuse(self, program: ProcessInfo) -> None:
         words = f"{program.name}: {last_words(self._rundir, program)}"

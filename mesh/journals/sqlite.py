@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 #: What may wait for the writer; then `append` and `commit` wait, and at last refuse.
 MAX_QUEUED_BYTES = 32 * 1024 * 1024
-#: How long they wait, and how long other processes may hold the file.
-TIMEOUT_S = 10.0
+#: How long they wait, and how long other processes may hold the file: longer than it takes the
+#: monitor to end a process that hangs while it holds it.
+TIMEOUT_S = 20.0
 # A record's own weight beside its frame
 _RECORD_BYTES = 300
 
@@ -381,6 +382,13 @@ class SQLiteJournal(LocalJournal):
     def _write(self, database: Database, jobs: list[Job]) -> tuple[set[str], set[str]]:
         """Do jobs in one transaction; when that fails, each in one of its own."""
         try:
+            database.begin()
+        except Exception as error:  # noqa: BLE001 - carried to whoever awaits a job
+            # Others hold the file: to wait for them again for each job would take as many times
+            for job in jobs:
+                job.error = _translated(database, error)
+            return set(), set()
+        try:
             tx = self._transact(database, jobs)
         except Exception as error:  # noqa: BLE001 - carried to whoever awaits the job
             topics: tuple[set[str], set[str]] = set(), set()
@@ -397,7 +405,6 @@ class SQLiteJournal(LocalJournal):
         return tx.topics, tx.local_topics
 
     def _transact(self, database: Database, jobs: list[Job]) -> Transaction:
-        database.begin()
         try:
             tx = Transaction(
                 database.connection, self._names, self._clock.time_s(), self._clock.mono_s()

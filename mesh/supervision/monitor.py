@@ -253,7 +253,7 @@ class Monitor:
     async def _end(self, name: str, seen: Sighting, now_s: float) -> None:
         """End one hung process; supervisord respawns it."""
         why = (
-            "a cancelled handler does not end"
+            "a cancelled handler does not end, or it is deaf: see its log"
             if seen.needs_restart
             else (f"no beat for {silence_s(seen, now_s):.1f} s, {_in_words(seen)}")
         )

@@ -23,6 +23,8 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}(@[0-9]{1,2})?", re.ASCII)
 #: supervisor.xmlrpc.Faults.NOT_RUNNING
 NOT_RUNNING = 70
 _MAX_ANSWER_BYTES = 16 * 1024 * 1024
+#: supervisord respawns at the next turn of its loop, in a second at most; its clock shows seconds.
+_RESPAWN_S = 3.0
 
 
 class SupervisorError(MeshError):
@@ -57,11 +59,17 @@ class ProcessInfo:
     #: Seconds since 1970; 0: never.
     started_at_s: float
     stopped_at_s: float
+    #: supervisord's clock when it was asked.
+    asked_at_s: float = 0.0
 
     @property
     def has_given_up(self) -> bool:
         """Say whether supervisord will not start it again by itself."""
-        return self.state in ("FATAL", "EXITED", "STOPPED")
+        if self.state == "EXITED":
+            # For a moment this is the state of one that was killed and is about to be respawned
+            unexpected = bool(self.spawn_error)
+            return not unexpected or self.asked_at_s - self.stopped_at_s > _RESPAWN_S
+        return self.state in ("FATAL", "STOPPED")
 
 
 class SupervisorClient:
@@ -99,6 +107,7 @@ class SupervisorClient:
                 spawn_error=row["spawnerr"],
                 started_at_s=row["start"],
                 stopped_at_s=row["stop"],
+                asked_at_s=row["now"],
             )
             for row in await self._call("getAllProcessInfo")
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +89,25 @@ async def test_the_first_frame_after_attach_arrives(pair: Pair) -> None:
         await eventually(partial(_has_heard, ear), what=f"first frame {number}")
 
         assert ear.frames == [(f"topic.{number}", frame(1))]
+
+
+async def test_who_speaks_without_a_pause_still_learns_who_listens(pair: Pair) -> None:
+    """What a busy loop sends must not take the news of a subscription with it."""
+    out, _ = pair
+
+    async def speak() -> None:
+        while True:
+            time.sleep(0.002)  # noqa: ASYNC251 - a handler that computes for a while
+            out.try_send("t", frame(1))
+            await asyncio.sleep(0)
+
+    speaking = asyncio.create_task(speak())
+    try:
+        for _ in range(100):
+            await out.synchronize()
+    finally:
+        speaking.cancel()
+        await asyncio.gather(speaking, return_exceptions=True)
 
 
 async def test_frames_keep_their_order(pair: Pair) -> None:

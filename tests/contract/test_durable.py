@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 import pytest
@@ -30,7 +30,7 @@ from mesh import (
 from mesh.brokers.memory import InMemoryMessageBroker
 from mesh.brokers.redis import RedisMessageBroker
 from mesh.brokers.zeromq import ZeroMQMessageBroker
-from mesh.errors import ConfigurationError
+from mesh.errors import ClosedError, ConfigurationError
 from mesh.events import set_delivery
 from mesh.journal import Record
 from tests.plumbing.processes import end_forwarder, eventually
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mesh.broker import MessageBroker
-    from mesh.journal import Journal
+    from mesh.journal import Delivery, Journal
 
 ORDER = event_type("shop.order", durable=True)
 BILL = event_type("shop.bill", durable=True)
@@ -436,6 +436,24 @@ async def test_no_overflow_policy_drops_a_durable_event(
         await eventually(lambda: slow.seen == list(range(300)))
 
 
+@pytest.mark.parametrize("error", [ClosedError("a successor"), RuntimeError("a bug of ours")])
+async def test_who_hears_no_durable_events_any_more_asks_for_a_restart(
+    broker: MessageBroker, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks healthy otherwise: the loop turns, and live events are handled."""
+
+    async def fail(*_arguments: object, **_options: object) -> list[Delivery]:
+        raise error
+
+    async with running(broker, Seen) as agent:
+        assert not agent.consumer.is_stuck()
+        monkeypatch.setattr(await broker.open_journal(), "read", fail)
+        async with speaking(broker) as till:
+            # Ends the read that waits
+            await till.publish(ORDER, {"n": 1})
+        await eventually(agent.consumer.is_stuck)
+
+
 async def test_a_source_can_make_a_step_of_its_own(broker: MessageBroker) -> None:
     """What it published and how far it got is kept together."""
 
@@ -464,6 +482,37 @@ async def test_a_source_can_make_a_step_of_its_own(broker: MessageBroker) -> Non
                 await reader.sources_done.wait()
                 assert reader.ctx.state["row"] == 3
         await eventually(lambda: seen.seen == [0, 1, 2])
+
+
+async def test_what_was_written_last_is_kept_whether_in_a_step_or_outside(
+    broker: MessageBroker,
+) -> None:
+    """Else a successor would find a state that this agent had left behind."""
+
+    class Scribe(Agent):
+        found: ClassVar[list[dict[str, Any]]] = []
+
+        async def setup(self) -> None:
+            await self.keep_state()
+            self.found.append(dict(self.ctx.state))
+            await self.write("early")
+
+        @source
+        async def scribble(self) -> None:
+            await self.write("late")
+
+        async def write(self, name: str) -> None:
+            self.ctx.state[name] = 1
+            async with self.step() as ctx:
+                ctx.state[name] = 2
+            self.ctx.state[f"{name} too"] = 3
+
+    for _ in range(2):
+        async with running(broker, Scribe, "scribe") as scribe:
+            await scribe.sources_done.wait()
+
+    kept = {"early": 2, "early too": 3, "late": 2, "late too": 3}
+    assert Scribe.found == [{}, kept]
 
 
 async def test_a_timer_publishes_durably_too(broker: MessageBroker) -> None:

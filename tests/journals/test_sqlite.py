@@ -21,8 +21,11 @@ from mesh.errors import (
 )
 from mesh.journal import Record, Step
 from mesh.journals import local
-from mesh.journals.sqlite import SQLiteJournal
+from mesh.journals.database import Database
+from mesh.journals.sqlite import TIMEOUT_S, SQLiteJournal
 from mesh.journals.views import merged
+from mesh.supervision.liveness import LivenessConfig
+from mesh.supervision.monitor import ABORT_GRACE_S, LOOK_EVERY_S
 from tests.plumbing.journals import drain, ids, letter, numbered, records, settle
 from tests.plumbing.processes import eventually
 
@@ -149,6 +152,39 @@ async def test_a_locked_file_is_waited_for_then_named(path: Path) -> None:
                 await journal.append(records("a"))
             other.execute("ROLLBACK")
         assert await journal.append(records("b")) == 1
+
+
+async def test_all_who_wait_for_a_locked_file_are_told_together(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in its turn would wait as many times as long."""
+    async with SQLiteJournal(path, timeout_s=0.2) as journal:
+        waits = 0
+
+        def begin(database: Database) -> None:
+            nonlocal waits
+            waits += 1
+            really_begin(database)
+
+        really_begin = Database.begin
+        monkeypatch.setattr(Database, "begin", begin)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            outcomes = await asyncio.gather(
+                *(journal.append(records(f"e{at}")) for at in range(20)), return_exceptions=True
+            )
+            other.execute("ROLLBACK")
+
+        assert {type(outcome) for outcome in outcomes} == {BrokerUnavailableError}
+        # One for the first, one for all that came while it waited
+        assert waits <= 2
+        assert await journal.append(records("after")) == 1
+
+
+def test_a_process_that_hangs_with_the_file_is_ended_before_others_give_up() -> None:
+    found_and_ended_s = LivenessConfig().hung_s + LOOK_EVERY_S + ABORT_GRACE_S
+
+    assert found_and_ended_s < TIMEOUT_S
 
 
 async def test_a_removed_file_takes_no_more(path: Path) -> None:

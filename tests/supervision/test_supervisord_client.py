@@ -130,6 +130,27 @@ async def test_an_end_by_itself_is_no_reason_to_stay_down(rundir: Path) -> None:
         assert refused.has_given_up
 
 
+@pytest.mark.parametrize(
+    ("state", "spawn_error", "for_s", "given_up"),
+    [
+        ("RUNNING", "", 0, False),
+        ("BACKOFF", "Exited too quickly", 9, False),
+        ("FATAL", "Exited too quickly", 0, True),
+        ("STOPPED", "", 0, True),
+        ("EXITED", "", 0, True),
+        ("EXITED", "Bad exit code -1", 1, False),
+        ("EXITED", "Bad exit code -1", 9, True),
+    ],
+)
+def test_who_was_killed_a_moment_ago_is_not_given_up(
+    state: str, spawn_error: str, for_s: int, given_up: bool
+) -> None:
+    """supervisord shows EXITED until the next turn of its loop; only by then it is respawned."""
+    found = ProcessInfo("one", state, 0, 0, spawn_error, 100.0, 200.0, 200.0 + for_s)
+
+    assert found.has_given_up == given_up
+
+
 async def test_a_program_that_cannot_start_is_given_up(rundir: Path) -> None:
     async with supervisord(rundir, broken="import nothing_of_this_name") as client:
         await client.start("broken")

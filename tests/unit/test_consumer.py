@@ -191,6 +191,43 @@ async def test_a_handler_over_its_limit_is_cancelled_and_the_next_event_is_handl
     await broker.close()
 
 
+class StoppedClock(FakeClock):
+    """Of a process that can be stopped as a whole."""
+
+    async def pass_while_stopped(self, seconds: float) -> None:
+        self._elapsed_s += seconds
+        await self.advance(0)
+
+
+async def test_a_handler_is_not_blamed_for_the_time_its_process_was_stopped() -> None:
+    broker, clock = InMemoryMessageBroker(), StoppedClock()
+    registry = EventHandlerRegistry()
+    answered, done = asyncio.Event(), []
+
+    async def ask(event: Event) -> None:
+        await answered.wait()
+        done.append(event.data["n"])
+
+    consumer = EventConsumer(
+        ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry, clock=clock)
+    )
+    await registry.register("t.x", ask, "ear", "ask", timeout_s=10)
+    await consumer.start()
+    publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
+    await say(publisher, 1)
+    await eventually(lambda: consumer.in_flight()[0] == 1)
+
+    await clock.advance(3)
+    await clock.pass_while_stopped(300)
+    answered.set()
+    await eventually(lambda: done == [1])
+
+    assert not consumer.dead_letters.newest
+    await consumer.stop()
+    await publisher.close()
+    await broker.close()
+
+
 async def test_a_failing_handler_is_tried_again_with_pauses() -> None:
     broker, clock = InMemoryMessageBroker(), FakeClock()
     registry = EventHandlerRegistry()
