@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mesh import codec
-from mesh.ledger import account
+from mesh.account import account
 from tests.chaos.words import (
     EAR,
     HEARS,

@@ -13,6 +13,7 @@ from mesh.config import MessageBusConfig
 from mesh.factory import make_broker
 from mesh.ledger import LedgerView, read_ledgers
 from mesh.supervision import boot
+from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient, SupervisorError
 from tests.chaos.words import AGENTS, HEARS, TILLS
 from tests.plumbing.processes import ROOT
@@ -231,7 +232,7 @@ def write_project(project: Path) -> None:
     """Write a supervisord.conf with the mesh's own programs and the chain's."""
     parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
     parser.read(ROOT / "supervisord.conf")
-    own = {f"program:{name}" for name in boot.INFRASTRUCTURE}
+    own = {f"program:{name}" for name in INFRASTRUCTURE}
     model = dict(parser["program:risk"])
     for section in parser.sections():
         if section.startswith("program:") and section not in own:
