@@ -57,13 +57,15 @@ def own_mesh_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def own_schemas(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Give built-in types free payloads again, whichever agents another test has imported."""
+    """Let built-in types be as they come, whichever agents another test has imported."""
     before = declarations()
     if "agents" not in request.path.parts:
         built_in = set(EventType)
         set_declarations(
             [
-                msgspec.structs.replace(each, schema=None) if each.topic in built_in else each
+                msgspec.structs.replace(each, schema=None, durable=EventType(each.topic).durable)
+                if each.topic in built_in
+                else each
                 for each in before
             ]
         )
