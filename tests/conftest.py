@@ -60,11 +60,10 @@ def own_schemas(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let built-in types be as they come, whichever agents another test has imported."""
     before = declarations()
     if "agents" not in request.path.parts:
-        built_in = set(EventType)
         set_declarations(
             [
-                msgspec.structs.replace(each, schema=None, durable=EventType(each.topic).durable)
-                if each.topic in built_in
+                msgspec.structs.replace(each, schema=None, durable=each.member.durable)
+                if isinstance(each.member, EventType)
                 else each
                 for each in before
             ]
