@@ -78,7 +78,10 @@ class Watch:
         """Return when the input of every source has ended, or one has failed."""
         while True:
             self.look()
-            if {view.sources for view in self.views().values()} <= {"none", "done", "failed"}:
+            views = self.views().values()
+            # A successor that has just begun does not know yet whether it is a source
+            begun = all(view.state not in ("absent", "starting") for view in views)
+            if begun and {view.sources for view in views} <= {"none", "done", "failed"}:
                 return
             await asyncio.sleep(LOOK_S)
 
