@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,11 +12,7 @@ import pytest
 
 from mesh import (
     Agent,
-    AgentContext,
     Event,
-    EventPublisher,
-    MessageBusConfig,
-    PublisherConfig,
     Reject,
     Retry,
     RetryPolicy,
@@ -33,6 +28,8 @@ from mesh.brokers.zeromq import ZeroMQMessageBroker
 from mesh.errors import ClosedError, ConfigurationError
 from mesh.events import set_delivery
 from mesh.journal import Record
+from tests.plumbing import agents
+from tests.plumbing.agents import speaking
 from tests.plumbing.processes import end_forwarder, eventually
 
 if TYPE_CHECKING:
@@ -71,31 +68,8 @@ async def broker(
     end_forwarder(own_mesh_dir)
 
 
-@asynccontextmanager
-async def running(
-    broker: MessageBroker, kind: type[Agent], name: str = "shop", **settings: Any
-) -> AsyncIterator[Any]:
-    """Run an agent of this broker, as its process would."""
-    settings = {"consumer_retry_delay_ms": 1.0, **settings}
-    config = MessageBusConfig(broker_type="memory", **settings)
-    agent = kind(AgentContext(name=name, broker=broker, config=config))
-    await agent.open()
-    agent.context.gate.set()
-    try:
-        # A source that fails ends the test instead of being waited for
-        async with asyncio.TaskGroup() as tasks:
-            working = tasks.create_task(agent.work())
-            yield agent
-            working.cancel()
-    finally:
-        await agent.close()
-
-
-@asynccontextmanager
-async def speaking(broker: MessageBroker, name: str = "till") -> AsyncIterator[EventPublisher]:
-    publisher = EventPublisher(PublisherConfig(agent_name=name, broker=broker))
-    yield publisher
-    await publisher.close()
+# As many tries as an agent has by default; elsewhere a failure is wanted at once
+running = partial(agents.running, consumer_max_retries=3)
 
 
 async def bills(journal: Journal) -> list[str]:
