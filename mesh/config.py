@@ -76,9 +76,6 @@ class MessageBusConfig:
     max_hops: int = 32
     #: ``NORMAL`` survives the death of any process, ``FULL`` a power cut as well (SQLite).
     journal_synchronous: str = "NORMAL"
-    #: Settled events are forgotten after so long, and before that over so many bytes.
-    journal_max_age_s: float = 7 * 86_400.0
-    journal_max_bytes: int = 4 * 1024**3
     #: Keep durable events in a Redis without persistence, which forgets them when it restarts.
     redis_allow_volatile: bool = False
     log_level: str = "INFO"
@@ -173,8 +170,6 @@ VARIABLES = {
     "max_deliveries": "LEGION_MAX_DELIVERIES",
     "max_hops": "LEGION_MAX_HOPS",
     "journal_synchronous": "LEGION_JOURNAL_SYNCHRONOUS",
-    "journal_max_age_s": "LEGION_JOURNAL_MAX_AGE_S",
-    "journal_max_bytes": "LEGION_JOURNAL_MAX_BYTES",
     "redis_allow_volatile": "LEGION_REDIS_ALLOW_VOLATILE",
     "log_level": "LEGION_LOG_LEVEL",
     "log_events": "LEGION_LOG_EVENTS",
@@ -256,8 +251,6 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "max_deliveries": _whole,
     "max_hops": _whole,
     "journal_synchronous": str.upper,
-    "journal_max_age_s": _number,
-    "journal_max_bytes": _whole,
     "redis_allow_volatile": _flag,
     "log_level": str.upper,
     "log_events": _flag,
@@ -323,8 +316,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_deliveries": _between(1, 1000),
     "max_hops": _between(1, 1000),
     "journal_synchronous": _one_of(SYNCHRONOUS),
-    "journal_max_age_s": _between(1, 1e10),
-    "journal_max_bytes": _between(1024**2, 2**50),
     "log_level": _one_of(LOG_LEVELS),
     "wire_format": _one_of(WIRE_FORMATS),
     "tracing": _one_of(TRACING),
