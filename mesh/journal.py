@@ -53,7 +53,8 @@ class Feature(enum.Enum):
     SHARED = "shared"
     #: Hosts share it.
     REMOTE = "remote"
-    #: A step is one transaction; else it is made of idempotent parts, outputs first, acks last.
+    #: A step is one transaction; else its outputs are kept first, and known by their ids when it is
+    #: repeated; state and acks are one transaction always.
     ATOMIC = "atomic"
 
 

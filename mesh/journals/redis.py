@@ -49,8 +49,8 @@ class RedisJournal(LocalJournal):
     """
     A journal of Redis Streams.
 
-    On one server a step is one transaction; on a cluster its outputs are kept first and its acks
-    last (`Feature.ATOMIC` is missing then). An id is remembered for at least `remembered_ids` later
+    On one server a step is one transaction; on a cluster its outputs are kept first, then state and
+    acks are decided together (`Feature.ATOMIC` is missing then). An id is remembered for at least `remembered_ids` later
     ones.
 
     Args:
@@ -279,6 +279,8 @@ class RedisJournal(LocalJournal):
 
     async def _look_for(self, me: Consumer, limit: int) -> list[Delivery]:
         async with me.reading:
+            if me.decided and not me.committing:
+                await self._writer.settle_decided(me)
             handed = await self._reader.read(me, limit)
         if handed and self._keys.cluster:
             self._writer.clock.observe(max(spot_of(str(each.position)) for each in handed))

@@ -31,7 +31,8 @@ if call('SADD', KEYS[2], unpack(plan.topics)) > 0 then call('HINCRBY', KEYS[1], 
 """,
 )
 
-#: Join a group, or look again at what is one's own. KEYS: numbers, topics, members, owners.
+#: Join a group, or look again at what is one's own. KEYS: numbers, topics, members, owners,
+#: decisions.
 JOIN = Script(
     "join",
     EVEN_FULL
@@ -93,7 +94,8 @@ end
 if changed or not mine then call('HINCRBY', KEYS[1], 'version', 1) end
 local right = {}
 for partition in pairs(fair) do right[#right + 1] = partition end
-return {0, call('HGET', KEYS[1], 'version'), topics, owned, right, given}
+local version = call('HGET', KEYS[1], 'version')
+return {0, version, topics, owned, right, given, call('HGETALL', KEYS[5])}
 """,
 )
 

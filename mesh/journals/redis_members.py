@@ -25,7 +25,8 @@ from mesh.journals.redis_group_scripts import (
     RENEW,
     TAKE,
 )
-from mesh.journals.redis_scripts import RELEASE
+from mesh.journals.redis_scripts import RELEASE, SETTLE
+from mesh.journals.redis_steps import decode_decision
 from mesh.journals.redis_store import log
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Members:
             )
         if status != 0:
             raise BrokerUnavailableError(f"group {me.group!r} vanished while it was joined")
-        version, names, owned, fair, given = rest
+        version, names, owned, fair, given, decided = rest
         topics = frozenset(name.decode() for name in names)
         tokens = {partition: token.decode() for partition, token in owned}
         self.known.setdefault(me.group, set()).update(topics)
@@ -140,10 +141,19 @@ class Members:
             for partition, token in tokens.items()
             if (topic, partition) not in me.lanes
         }
+        await self._settle_decided(
+            {int(at): plan for at, plan in zip(decided[::2], decided[1::2], strict=True)},
+            {partition for _, partition in missing},
+        )
         await self._take(me, missing)
         me.version, me.surplus = version.decode(), frozenset(tokens) - frozenset(fair)
         me.begin_anew()
         me.stale = len(me.lanes) < len(topics) * len(tokens)
+
+    async def _settle_decided(self, decided: dict[int, bytes], partitions: set[int]) -> None:
+        """Settle what the owner before had decided, and perhaps not settled before it died."""
+        plans = [decode_decision(decided[each]) for each in partitions & decided.keys()]
+        await asyncio.gather(*(self._store.run(SETTLE, keys, plan) for keys, plan in plans))
 
     async def _take(self, me: Consumer, places: dict[Place, str]) -> None:
         by_key = {self._keys.stream(*place): place for place in places}

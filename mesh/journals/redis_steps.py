@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from mesh.journals.redis_consumers import name_of
 
@@ -12,6 +14,10 @@ if TYPE_CHECKING:
     from mesh.journal import Record, Step
     from mesh.journals.redis_consumers import Consumer, Lane, Name
     from mesh.journals.redis_entries import Spot
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(tuple[list[bytes], dict[str, Any]]).decode
 
 
 @dataclass(slots=True)
@@ -26,6 +32,16 @@ class LaneSteps:
     unmarks: list[str] = field(default_factory=list)
 
 
+def encode_decision(keys: list[bytes], plan: dict[str, Any]) -> bytes:
+    """Keep the call that settles a partition, for whoever has to make it."""
+    return _encode((keys, plan))
+
+
+def decode_decision(decision: bytes) -> tuple[list[bytes], dict[str, Any]]:
+    """Give the call back."""
+    return _decode(decision)
+
+
 class Settlement:
     """
     Steps that are not refused.
@@ -36,7 +52,7 @@ class Settlement:
 
     def __init__(self, me: Consumer | None) -> None:
         """Settle nothing yet."""
-        self._me = me
+        self.me = me
         #: The consumer's name, for the pending list.
         self.consumer = "" if me is None else me.name
         self.lanes: dict[Lane, LaneSteps] = {}
@@ -49,7 +65,7 @@ class Settlement:
 
     def add(self, step: Step) -> bool:
         """Take a step in; False when it settles what the consumer does not hold."""
-        acks, me = step.acks, self._me
+        acks, me = step.acks, self.me
         if len(acks) == 1 and me is not None and not step.done:
             # What nearly all are
             name = name_of(acks[0])
@@ -87,13 +103,27 @@ class Settlement:
                 overtaken.append(position)
         return overtaken
 
+    def positions(self) -> dict[tuple[str, int], list[str]]:
+        """Give all that is settled, by topic and partition."""
+        found: dict[tuple[str, int], list[str]] = {}
+        for (topic, partition, position), _ in self._settled:
+            found.setdefault((topic, partition), []).append(position)
+        return found
+
+    def number(self) -> dict[str, Any]:
+        """Give what tells this change of the state from all others of its consumer."""
+        if self.me is None:
+            return {}
+        self.me.number += 1
+        return {"number": self.me.number, "incarnation": self.me.incarnation}
+
     def undo(self) -> None:
-        """Hold everything again."""
-        if self._me is None:
+        """Hold everything again, unless it is settled."""
+        if self.me is None:
             return
         for name, count in self._settled:
-            if self._me.settling.pop(name, None) is not None:
-                self._me.held[name] = count
+            if self.me.settling.pop(name, None) is not None:
+                self.me.held[name] = count
         for places, position, place in self._known:
             places[position] = place
         for lane in self.lanes:
@@ -101,14 +131,15 @@ class Settlement:
 
     def settle(self) -> None:
         """Let go of all of it, because Redis has."""
-        if self._me is None:
+        if self.me is None:
             return
         for lane, steps in self.lanes.items():
             for position in self.pins(lane):
                 del lane.plain[position]
             if steps.reached is not None:
                 lane.settled_to = steps.reached[0]
-        self._me.settled(name for name, _ in self._settled)
+        self.me.settled(name for name, _ in self._settled)
+        self.lanes, self._settled, self._known = {}, [], []
 
     def _ack(self, me: Consumer, name: Name) -> None:
         count = me.settling[name] = me.held.pop(name)
