@@ -50,8 +50,8 @@ class RedisJournal(LocalJournal):
     A journal of Redis Streams.
 
     On one server a step is one transaction; on a cluster its outputs are kept first, then state and
-    acks are decided together (`Feature.ATOMIC` is missing then). An id is remembered for at least `remembered_ids` later
-    ones.
+    acks are decided together (`Feature.ATOMIC` is missing then). An id is remembered for at least
+    `remembered_ids` later ones.
 
     Args:
         host: The server, or a node of the cluster.
