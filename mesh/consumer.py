@@ -16,7 +16,7 @@ from mesh import codec
 from mesh.consumer_config import ConsumerConfig
 from mesh.context import HandlerContext
 from mesh.deadletters import DeadLetters
-from mesh.errors import ClosedError, ConfigurationError, FrameError
+from mesh.errors import BrokerUnavailableError, ClosedError, ConfigurationError, FrameError
 from mesh.events import is_durable
 from mesh.handlers import Handler, HandlerPriority
 from mesh.inbox import Arrival
@@ -36,6 +36,7 @@ from mesh.ledger import (
 from mesh.logs import say_once
 from mesh.replay_bell import ReplayBell
 from mesh.replicas import slot_of
+from mesh.retry import RetryPolicy
 from mesh.sharing import leave_to_others
 from mesh.slots import Slots
 from mesh.topics import check_topic
@@ -53,6 +54,10 @@ _log = logging.getLogger(__name__)
 _LANE_OF = {priority: lane for lane, priority in enumerate(HandlerPriority)}
 _UNNUMBERED = "(unnumbered)"
 _FRAMES, _REJECTED_FRAMES = Ledger.at("frames"), Ledger.at("rejected_frames")
+#: Numbers further behind the last one are no late ones: the last one was a lie.
+_LATE_NUMBERS = 20_000
+#: Pauses while a journal that is waited for does not answer.
+_OUTAGE = RetryPolicy(first_delay_s=0.05, max_delay_s=2.0)
 #: Links whose place in the ledger is remembered; anybody can make up names of publishers.
 _MAX_LINKS = 10_000
 
@@ -129,8 +134,20 @@ class EventConsumer:
             await self._open_intake()
 
     async def _open_intake(self) -> None:
-        if self._intake is not None:
-            return
+        tries = 0
+        while self._intake is None:
+            try:
+                self._intake = await self._opened_intake()
+            except BrokerUnavailableError as error:
+                if not self.config.patient:
+                    raise
+                if not tries:
+                    words = "%s waits for the journal before it begins (said once): %s"
+                    _log.warning(words, self.agent_name, error)
+                tries += 1
+                await self.config.clock.sleep(_OUTAGE.delay_s(tries))
+
+    async def _opened_intake(self) -> DurableIntake:
         intake = DurableIntake(
             journal=await self.broker.open_journal(),
             broker=self.broker,
@@ -145,7 +162,7 @@ class EventConsumer:
             bury=self._bury,
         )
         await intake.open(self._durable_topics(), self.config.start)
-        self._intake = intake
+        return intake
 
     async def start(self) -> None:
         """
@@ -327,6 +344,8 @@ class EventConsumer:
         arrived = len(batch.events) + len(batch.rejected or ())
         if batch.epoch:
             arrived = self._check_sequence(at, batch)
+            if not arrived:
+                return
         cells = self._cells
         if self._slots_of_mine is not None:
             passed = leave_to_others(batch, self._slots_of_mine)
@@ -344,7 +363,7 @@ class EventConsumer:
             self._put(Arrival(batch.events, handlers, route.lane, at))
 
     def _check_sequence(self, at: int, batch: codec.Batch) -> int:
-        """Count what is missing before this batch; gives how many numbers it covers."""
+        """Count what is missing before this batch; gives how many it covers, 0: it is too late."""
         cells = self._cells
         last = cells[at + IN_LAST]
         if cells[at + IN_EPOCH] != batch.epoch:
@@ -372,7 +391,30 @@ class EventConsumer:
         newest = batch.first + batch.count - 1
         if newest > last:
             cells[at + IN_LAST] = newest
+        elif last - newest < _LATE_NUMBERS and not self.ledger.is_shared(at):
+            self._say_late(batch, last)
+            return 0
         return batch.count
+
+    def _say_late(self, batch: codec.Batch, last: int) -> None:
+        """
+        Leave a batch aside that younger ones have overtaken: they were counted as missing then.
+
+        A publisher was killed while a stalled forwarder still held frames of it, and those of its
+        successor came through first.
+        """
+        self.ledger.count("late", batch.count)
+        _log.warning(
+            "%s leaves %d events of %s on %s aside, which came after younger ones (numbers %d to %d"
+            " after %d)",
+            self.agent_name,
+            batch.count,
+            batch.publisher,
+            batch.topic,
+            batch.first,
+            batch.first + batch.count - 1,
+            last,
+        )
 
     def _listening_since_ns(self) -> int:
         return self.ledger.get("ready_at_us") * 1000

@@ -75,6 +75,8 @@ _RECORDS_AT = _HEADER_BYTES // _CELL
 _RECORD_CELLS = _RECORD_BYTES // _CELL
 _VALUES_AT = 200 // _CELL
 
+_OTHERS = "(others)"
+
 # Values of an OUT record
 OUT_EPOCH, OUT_SEQUENCE, OUT_BEGAN = 0, 1, 2
 # Values of an IN record. Durable events are counted under the publisher `JOURNAL`, without epoch,
@@ -176,6 +178,10 @@ class Ledger:
         """Give the index of the first value of what this agent hears from a publisher."""
         return self._record(IN, f"{publisher}\0{topic}")
 
+    def is_shared(self, at: int) -> bool:
+        """Say whether an index of `link` stands for many links, for which there is no room."""
+        return at == self._index.get((IN, _OTHERS))
+
     def record_latency(self, latency_us: float) -> None:
         """Count one delivery's latency in its bucket."""
         bucket = bisect.bisect_left(BUCKETS, latency_us)
@@ -215,7 +221,7 @@ class Ledger:
         room = _RECORDS - 3 - (_RESERVED_RECORDS if kind == IN else 0)
         if self._used >= room or len(raw) > _KEY_BYTES:
             # Counted all the same: everything that has no room of its own shares one record a kind
-            raw, key = b"(others)", "(others)"
+            raw, key = _OTHERS.encode(), _OTHERS
             shared = self._index.get((kind, key))
             if shared is not None:
                 return shared
