@@ -28,6 +28,7 @@ from mesh.errors import (
 )
 from mesh.events import Event
 from mesh.journal import Feature
+from mesh.payloads import payload_encoder
 from mesh.topics import (
     MAX_TOPIC_LENGTH,
     PRIVATE_PREFIX,
@@ -298,7 +299,7 @@ class MessageBroker(ABC):
             BackpressureError: The fabric stayed full.
         """
         topic = check_topic(channel)
-        data = codec.payload_encoder(topic)(dict(message))
+        data = payload_encoder(topic)(dict(message))
         event = Event(type=topic, data=data, source_agent=self.fabric, timestamp=SYSTEM_CLOCK.now())
         await self.send(topic, codec.encode_single(event))
 

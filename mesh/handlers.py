@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mesh.codec import convert_payload
 from mesh.errors import HandlerSignatureError
 from mesh.events import Event, declaration_of, payload_of
+from mesh.payloads import convert_payload
 from mesh.topics import check_topic
 from mesh.values import State, Value
 
