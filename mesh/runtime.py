@@ -35,7 +35,7 @@ from mesh.errors import (
     ConfigurationError,
     MeshError,
 )
-from mesh.events import EventType, is_durable
+from mesh.events import EventType, is_downgraded, is_durable
 from mesh.factory import make_broker
 from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.loading import load_agent
@@ -388,6 +388,7 @@ class _AgentProcess:
                 hears=tuple(launch.kind.hears()),
                 max_replicas=launch.kind.max_replicas,
                 durable=tuple(filter(is_durable, launch.kind.hears())),
+                downgraded=tuple(filter(is_downgraded, launch.kind.hears())),
                 says=tuple(says),
                 started_at_s=self._started_s,
                 state=state,
