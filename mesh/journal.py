@@ -347,6 +347,20 @@ class Journal(ABC):
         """
 
     @abstractmethod
+    async def forget(self, group: str) -> bool:
+        """
+        Forget a group that is gone for good, with its state and all it has not settled.
+
+        What only it had not settled can then be trimmed.
+
+        Returns:
+            Whether there was such a group.
+
+        Raises:
+            ConfigurationError: A consumer of it lives.
+        """
+
+    @abstractmethod
     async def erase(self) -> None:
         """Forget events, groups, state and dead letters; when nobody else uses the store."""
 

@@ -265,6 +265,11 @@ class RedisJournal(LocalJournal):
         self._require_open()
         await self._members.free(group, consumer, pid)
 
+    async def forget(self, group: str) -> bool:
+        """Forget a group without consumers."""
+        self._require_open()
+        return await self._members.forget(group)
+
     async def _look(self, group: str, consumer: str, limit: int) -> list[Delivery]:
         me = self._consumers.get((group, consumer))
         if me is None:

@@ -131,6 +131,10 @@ class Keys:
             self.decisions(group),
         ]
 
+    def all_of(self, group: str) -> list[bytes]:
+        """Give all keys of a group beside its streams."""
+        return [*self.membership(group), self.state(group), self.steps(group)]
+
     def _shared(self, partition: int, name: str) -> bytes:
         return (
             f"legion:{{{self._mesh}:{partition}}}:{name}".encode()
