@@ -329,12 +329,9 @@ class Journal(ABC):
     ) -> list[Stored]:
         """Give kept events, settled or not, the oldest first."""
 
+    @abstractmethod
     async def newest(self) -> int | str | None:
         """Give the place of the newest event, for a `scan` of what comes later; None: none."""
-        place: int | str | None = None
-        while page := await self.scan(after=place):
-            place = page[-1].position
-        return place
 
     @abstractmethod
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:

@@ -361,6 +361,11 @@ class RedisJournal(LocalJournal):
         self._require_open()
         return await self._views.scan(topics, None if after is None else str(after), limit)
 
+    async def newest(self) -> int | str | None:
+        """Give the place of the newest event."""
+        self._require_open()
+        return await self._views.newest()
+
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:
         """Forget old events that every group of their topic has settled, also plain ones."""
         self._require_open()
