@@ -27,7 +27,8 @@ from mesh.context import HandlerContext, current_context
 from mesh.deadletters import DeadLetters
 from mesh.errors import HandlerSignatureError, PayloadError
 from mesh.handlers import EventHandlerRegistry, HandlerPriority, signature_of
-from mesh.ledger import SOURCES, STATES, Backlog, Ledger
+from mesh.ledger import SOURCES, STATES, Ledger
+from mesh.ledger_views import Backlog
 from mesh.middleware.filter import only
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.replicas import MAX_REPLICAS

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.account import LinkAccount, account
 from mesh.card import read_cards
-from mesh.ledger import LedgerView, read_ledgers
+from mesh.ledger_views import LedgerView, read_ledgers
 from mesh.replicas import group_of, number_of
 from mesh.supervision.boot import last_words
 from mesh.supervision.conf import INFRASTRUCTURE

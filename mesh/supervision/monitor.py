@@ -30,7 +30,8 @@ from mesh.errors import (
     AlreadyRunningError,
     ConfigurationError,
 )
-from mesh.ledger import STATES, Ledger, read_ledger
+from mesh.ledger import STATES, Ledger
+from mesh.ledger_views import read_ledger
 from mesh.logs import set_up_logging
 from mesh.rosters import read_rosters, write_rosters
 from mesh.rundir import RunDir

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.card import read_cards
 from mesh.config import MessageBusConfig
 from mesh.factory import make_broker
-from mesh.ledger import read_ledgers
+from mesh.ledger_views import read_ledgers
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester
 from mesh.supervision import boot

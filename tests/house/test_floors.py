@@ -32,7 +32,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
         "2 pure tools",
         [
             {"account", "codec", "filters", "retry", "stats", "telemetry"},
-            {"payloads"},
+            {"ledger_views", "payloads"},
             {"beats", "card", "causality", "deadletters", "ledger", "process", "rosters"},
         ],
     ),

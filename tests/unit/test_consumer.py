@@ -24,7 +24,8 @@ from mesh import (
 )
 from mesh.account import account
 from mesh.errors import BrokerUnavailableError
-from mesh.ledger import Ledger, view_of
+from mesh.ledger import Ledger
+from mesh.ledger_views import view_of
 from mesh.testing import FakeClock
 from tests.plumbing.processes import eventually
 
