@@ -7,6 +7,9 @@ The entry point `mesh`: a group whose commands load when they are called.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -125,6 +128,10 @@ def cli(context: click.Context, directory: str | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Closed by whoever called us (`>&-`): nobody listens
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
     cli.main(args=list(arguments) if arguments is not None else None, prog_name="mesh")
 
 

@@ -14,7 +14,7 @@ from mesh.cli.logbook import Followed
 from mesh.cli.main import COMMANDS, cli
 from mesh.cli.say import clean
 from mesh.cli.templates import agent_script, sample_of
-from tests.plumbing.processes import ROOT, run_mesh, run_python
+from tests.plumbing.processes import MESH, ROOT, run_mesh, run_python
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -258,3 +258,12 @@ def test_following_goes_on_over_a_rotation(tmp_path: Path) -> None:
 
     assert [entry.text[25:] for entry in followed.new()] == ["half", "three"]
     followed.close()
+
+
+def test_a_closed_stdout_is_no_error() -> None:
+    """`mesh doctor >&-` in somebody's script."""
+    code = "import os, subprocess, sys; os.close(1); sys.exit(subprocess.call(sys.argv[1:]))"
+    told = run_python(code, str(MESH), "doctor")
+
+    assert told.code in {0, 1}
+    assert "Traceback" not in told.err
