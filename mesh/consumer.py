@@ -16,7 +16,8 @@ from mesh import codec
 from mesh.consumer_config import ConsumerConfig
 from mesh.context import HandlerContext
 from mesh.deadletters import DeadLetters
-from mesh.errors import ClosedError, ConfigurationError, FrameError
+from mesh.env import is_supervised
+from mesh.errors import ClosedError, ConfigurationError, FrameError, MeshError, is_outage
 from mesh.events import is_durable
 from mesh.handlers import Handler, HandlerPriority
 from mesh.inbox import Arrival
@@ -33,9 +34,10 @@ from mesh.ledger import (
     JOURNAL,
     Ledger,
 )
-from mesh.logs import say_once
+from mesh.logs import Sparing, say_once
 from mesh.replay_bell import ReplayBell
 from mesh.replicas import slot_of
+from mesh.retry import OUTAGE
 from mesh.sharing import leave_to_others
 from mesh.slots import Slots
 from mesh.topics import check_topic
@@ -131,6 +133,20 @@ class EventConsumer:
     async def _open_intake(self) -> None:
         if self._intake is not None:
             return
+        sparing, tries = Sparing(_log), 0
+        while self._intake is None:
+            try:
+                self._intake = await self._opened_intake()
+            except MeshError as error:
+                # Whom supervisord would start anew, over and over, waits instead
+                if not is_supervised() or not is_outage(error):
+                    raise
+                tries += 1
+                words = f"{self.agent_name} waits for the journal before it starts: {error}"
+                sparing.say("away", logging.WARNING, words)
+                await self.config.clock.sleep(OUTAGE.delay_s(tries))
+
+    async def _opened_intake(self) -> DurableIntake:
         intake = DurableIntake(
             journal=await self.broker.open_journal(),
             broker=self.broker,
@@ -145,7 +161,7 @@ class EventConsumer:
             bury=self._bury,
         )
         await intake.open(self._durable_topics(), self.config.start)
-        self._intake = intake
+        return intake
 
     async def start(self) -> None:
         """

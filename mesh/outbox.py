@@ -9,6 +9,7 @@ or at 64 KiB. No timer is ever waited for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError
 from mesh.events import declaration_of, is_durable
 from mesh.journal import Record
 from mesh.ledger import OUT_BEGAN, OUT_EPOCH, OUT_SEQUENCE
+from mesh.logs import Sparing
 from mesh.topics import PRIVATE_PREFIX, check_topic
 from mesh.values import State, field
 
@@ -98,6 +100,7 @@ class Outbox:
         self._drainer: asyncio.Task[None] | None = None
         self._full_batches = 0
         self._closed = False
+        self._sparing = Sparing(_log)
 
     def open(self, event_type: str) -> Outgoing:
         """
@@ -320,10 +323,9 @@ class Outbox:
                 return
 
     async def _drain(self) -> None:
-        try:
+        # What was given up is said by `_drop`
+        with contextlib.suppress(BrokerUnavailableError):
             await self.flush()
-        except BrokerUnavailableError as error:
-            _log.warning("%s: %s", self._agent_name, error)
 
     async def _wait_sent(self, out: Outgoing, limit_s: float) -> None:
         try:
@@ -344,7 +346,9 @@ class Outbox:
         if not lost:
             return  # somebody who waited for the same batch has given it up, or sent it
         self._ledger.count("unsent", lost)
-        _log.warning("%s lost %d events on %s: %s", self._agent_name, lost, out.topic, error)
+        # Beats alone are one a second, and an outage can be long
+        words = f"{self._agent_name} lost {lost} events on {out.topic}: {error}"
+        self._sparing.say(out.topic, logging.WARNING, words)
         self._clear(out)
 
     def _require_open(self) -> None:

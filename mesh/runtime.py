@@ -249,7 +249,8 @@ class _AgentProcess:
         try:
             if not await self._unless_stopped(broker.connect()):
                 return 0
-            await agent.open()
+            if not await self._unless_stopped(agent.open()):
+                return 0
             self._write_card("ready")
             beats.send(self._beat_now(beats))
             _log.info("%s is READY (pid %d)", launch.name, os.getpid())

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError, ConfigurationError
+from mesh.logs import Sparing
 from mesh.redis_link.access import unavailable
-from mesh.redis_link.kept import Sparing
 from mesh.redis_link.node import Terms
 from mesh.redis_link.resp import LostError, ReplyError
 from mesh.retry import RetryPolicy
@@ -80,7 +80,7 @@ class Store:
             probe,
             hear,
             on_change,
-            Sparing(),
+            Sparing(logging.getLogger("mesh.redis")),
             sharded=place.cluster,
             must_lead=place.must_lead,
             silent_s=silent_s,
