@@ -63,6 +63,7 @@ class Proxy:
         self._passing = asyncio.Event()
         self._passing.set()
         self._deaf = False
+        self._swallows = False
         self._lines: set[asyncio.Task[None]] = set()
         self.port = 0
 
@@ -82,12 +83,17 @@ class Proxy:
         """Keep all connections and pass nothing on, as a cable that was pulled."""
         self._passing.clear()
 
+    def swallow(self) -> None:
+        """Keep all connections and take what comes, to no effect: the other end is long gone."""
+        self._swallows = True
+
     def lose_answers(self) -> None:
         """Swallow what the server says next, and hang up: the client cannot know what it did."""
         self._deaf = True
 
     def thaw(self) -> None:
-        """Pass bytes on again."""
+        """Pass bytes on again; a connection of which any were swallowed is reset."""
+        self._swallows = False
         self._passing.set()
 
     async def _accept(self, source: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
@@ -111,6 +117,10 @@ class Proxy:
     ) -> None:
         while data := await source.read(65536):
             await self._passing.wait()
+            if self._swallows:
+                while self._swallows and await source.read(65536):
+                    pass
+                break
             if answers and self._deaf:
                 self._deaf = False
                 break
