@@ -63,7 +63,7 @@ class Proxy:
         self._passing = asyncio.Event()
         self._passing.set()
         self._deaf = False
-        self._swallows = False
+        self._swallows: asyncio.Event | None = None
         self._lines: set[asyncio.Task[None]] = set()
         self.port = 0
 
@@ -85,7 +85,7 @@ class Proxy:
 
     def swallow(self) -> None:
         """Keep all connections and take what comes, to no effect: the other end is long gone."""
-        self._swallows = True
+        self._swallows = asyncio.Event()
 
     def lose_answers(self) -> None:
         """Swallow what the server says next, and hang up: the client cannot know what it did."""
@@ -93,7 +93,9 @@ class Proxy:
 
     def thaw(self) -> None:
         """Pass bytes on again; a connection of which any were swallowed is reset."""
-        self._swallows = False
+        if self._swallows is not None:
+            self._swallows.set()
+            self._swallows = None
         self._passing.set()
 
     async def _accept(self, source: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
@@ -102,8 +104,12 @@ class Proxy:
         self._lines.add(task)
         reader, writer = await asyncio.open_unix_connection(str(self._target))
         try:
-            await asyncio.gather(self._pass(source, writer), self._pass(reader, back, answers=True))
-        except (OSError, asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError):
+                # Whatever ends one direction ends the other
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(self._pass(source, writer))
+                    both.create_task(self._pass(reader, back, answers=True))
+        except* OSError:
             pass
         finally:
             for each in (writer, back):
@@ -117,9 +123,8 @@ class Proxy:
     ) -> None:
         while data := await source.read(65536):
             await self._passing.wait()
-            if self._swallows:
-                while self._swallows and await source.read(65536):
-                    pass
+            if self._swallows is not None:
+                await self._swallows.wait()
                 break
             if answers and self._deaf:
                 self._deaf = False
