@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,26 +48,31 @@ class Pair:
     Args:
         home: The mesh's run directory.
         config: Its settings.
+        others: Agents beside them, which only have to live through it.
     """
 
-    def __init__(self, home: Path, config: MessageBusConfig) -> None:
+    def __init__(self, home: Path, config: MessageBusConfig, *others: str) -> None:
         self.home = home
         self.config = config
+        self.agents = (*AGENTS, *others)
         self._before: dict[str, tuple[int, int]] = {}
 
     def kept(self) -> list[int]:
-        return [int(words[1]) for words in self._notes("till") if words[0] == "kept"]
+        return [int(words[1]) for words in self.notes("till") if words[0] == "kept"]
 
     def refused(self) -> list[Refusal]:
-        found = [words for words in self._notes("till") if words[0] == "refused"]
+        found = [words for words in self.notes("till") if words[0] == "refused"]
         return [Refusal(int(words[1]), words[2], " ".join(words[3:])) for words in found]
 
     def got(self) -> list[int]:
-        return [int(words[1]) for words in self._notes("counter") if words[0] == "got"]
+        return [int(words[1]) for words in self.notes("counter") if words[0] == "got"]
 
     def log(self, name: str) -> list[str]:
         path = RunDir(self.home).log(name)
         return path.read_text().splitlines() if path.exists() else []
+
+    def pid(self, name: str) -> int:
+        return self._process(name)[0]
 
     async def flows(self, within_s: float = BACK_S) -> None:
         """Return when more is kept, and the consumer has been given all that was."""
@@ -81,7 +88,7 @@ class Pair:
     async def begins(self) -> None:
         """Return when events flow for the first time."""
         await self.flows(20.0)
-        self._before = {name: self._process(name) for name in AGENTS}
+        self._before = {name: self._process(name) for name in self.agents}
 
     async def weathers(
         self,
@@ -97,7 +104,7 @@ class Pair:
             end: Ends it.
             told: The kind of the publisher's error, and words of it.
         """
-        spoken = {name: len(self.log(name)) for name in (*AGENTS, "monitor")}
+        spoken = {name: len(self.log(name)) for name in (*self.agents, "monitor")}
         refused = len(self.refused())
         await begin()
 
@@ -115,8 +122,25 @@ class Pair:
             assert len(said) <= MAX_LINES, f"{name} about {told}:\n" + "\n".join(said)
             assert not any("Traceback" in line for line in said), said
 
+    async def starts_anew(
+        self,
+        name: str,
+        begin: Callable[[], Awaitable[object]],
+        end: Callable[[], Awaitable[object]],
+    ) -> None:
+        """Kill an agent in an outage: its successor waits, and is READY soon after the end."""
+        before = self.pid(name)
+        await begin()
+        os.kill(before, signal.SIGKILL)
+        card = RunDir(self.home)
+        await eventually(lambda: read_cards(card)[name].pid != before, what=f"{name} starts anew")
+        successor = read_cards(card)[name].pid
+        await end()
+        await self.flows()
+        assert self.pid(name) == successor, "it was started more than once"
+
     def is_the_same(self) -> None:
-        """Check that both agents have lived through it, and have not grown."""
+        """Check that the agents have lived through it, and have not grown."""
         for name, (pid, rss_kib) in self._before.items():
             assert self._process(name)[0] == pid, f"{name} was started anew"
             assert self._process(name)[1] < rss_kib + _MAX_GROWTH_KIB, f"{name} has grown"
@@ -144,14 +168,13 @@ class Pair:
 
     def _process(self, name: str) -> tuple[int, int]:
         """Give pid and resident memory in KiB."""
-        (began,) = [words for words in self._notes(name) if words[0] == "began"]
-        pid = int(began[1])
+        pid = int([words for words in self.notes(name) if words[0] == "began"][-1][1])
         assert is_alive(pid), f"{name} has ended"
         assert read_cards(RunDir(self.home))[name].state == "ready"
         status = Path(f"/proc/{pid}/status").read_text()
         return pid, int(status.partition("VmRSS:")[2].split()[0])
 
-    def _notes(self, name: str) -> list[list[str]]:
+    def notes(self, name: str) -> list[list[str]]:
         path = self.home / f"notes.{name}"
         return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 

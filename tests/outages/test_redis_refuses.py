@@ -11,7 +11,7 @@ import redis
 
 from mesh.config import MessageBusConfig
 from tests.faults.project import write_project
-from tests.outages.pair import AGENTS, HERE, Pair
+from tests.outages.pair import HERE, Pair
 from tests.plumbing.processes import eventually, run_mesh
 from tests.plumbing.redis_server import RedisServer
 
@@ -99,13 +99,16 @@ class Harm:
 
         await eventually(is_written)
         await self.kill()
-        with (self.server.folder / "redis.conf").open("a") as conf:
-            conf.write("key-load-delay 50000\nloading-process-events-interval-bytes 1024\n")
+        conf = self.server.folder / "redis.conf"
+        self._usual = conf.read_text()
+        slow = "key-load-delay 50000\nloading-process-events-interval-bytes 1024\n"
+        conf.write_text(self._usual + slow)
         await asyncio.to_thread(self.server.start, wait=False)
 
     async def load_fast(self) -> None:
         await self.do("CONFIG", "SET", "key-load-delay", 0)
         await asyncio.to_thread(self.server.wait_up)
+        (self.server.folder / "redis.conf").write_text(self._usual)
 
     async def hang(self) -> None:
         await self.do("CONFIG", "SET", "busy-reply-threshold", 50)
@@ -123,8 +126,9 @@ async def test_a_mesh_lives_through_all_that_can_happen_to_its_redis(
     monkeypatch.setenv("LEGION_BROKER_TYPE", "redis")
     monkeypatch.setenv("REDIS_URL", server.url)
     monkeypatch.setenv("LEGION_PUBLISH_TIMEOUT_S", "1")
-    write_project(tmp_path, *AGENTS, folder=HERE)
-    pair, harm = Pair(own_mesh_dir, MessageBusConfig.from_env()), Harm(server)
+    pair = Pair(own_mesh_dir, MessageBusConfig.from_env(), "hawker")
+    harm = Harm(server)
+    write_project(tmp_path, *pair.agents, folder=HERE)
     started = await asyncio.to_thread(run_mesh, "up", "-d", cwd=tmp_path)
     try:
         assert started.code == 0, started
@@ -137,6 +141,9 @@ async def test_a_mesh_lives_through_all_that_can_happen_to_its_redis(
         await pair.weathers(harm.hang, harm.end_hanging, lost, "busy with a script")
         await pair.weathers(harm.load_slowly, harm.load_fast, lost, "loading its data")
         pair.is_the_same()
+        # Refusals ended the hawker's source, which was called again each time
+        assert [words[0] for words in pair.notes("hawker")].count("called") > 3
+        await pair.starts_anew("counter", harm.kill, harm.start)
     finally:
         stopped = await asyncio.to_thread(run_mesh, "down", cwd=tmp_path)
     assert stopped.code == 0, stopped
