@@ -22,7 +22,7 @@ from mesh.events import is_durable
 from mesh.handlers import Handler, HandlerPriority
 from mesh.inbox import Arrival
 from mesh.intake import DurableIntake, Kept
-from mesh.journal import Step
+from mesh.journal import Step, cannot_keep
 from mesh.ledger import (
     IN_DROPPED,
     IN_EPOCH,
@@ -147,8 +147,12 @@ class EventConsumer:
                 await self.config.clock.sleep(OUTAGE.delay_s(tries))
 
     async def _opened_intake(self) -> DurableIntake:
+        try:
+            journal = await self.broker.open_journal()
+        except ConfigurationError as error:
+            raise cannot_keep(self._durable_topics(), self.broker.fabric, error) from None
         intake = DurableIntake(
-            journal=await self.broker.open_journal(),
+            journal=journal,
             broker=self.broker,
             group=self.group,
             consumer=self.agent_name,

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from mesh import codec
 from mesh.context import current_context
-from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError
+from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError, ConfigurationError
 from mesh.events import declaration_of, is_durable
-from mesh.journal import Record
+from mesh.journal import Record, cannot_keep
 from mesh.ledger import OUT_BEGAN, OUT_EPOCH, OUT_SEQUENCE
 from mesh.logs import Sparing
 from mesh.topics import PRIVATE_PREFIX, check_topic
@@ -237,6 +237,7 @@ class Outbox:
             ClosedError: The publisher or the broker is closed.
             BackpressureError: The journal stayed full, or its lock was held too long.
             BrokerUnavailableError: It does not answer.
+            ConfigurationError: It cannot keep what durable types promise.
         """
         self._require_open()
         encode = codec.encode_json if self._json else codec.encode_single
@@ -246,7 +247,10 @@ class Outbox:
             context.records += records
             return
         if self._journal is None:
-            self._journal = await self._broker.open_journal()
+            try:
+                self._journal = await self._broker.open_journal()
+            except ConfigurationError as error:
+                raise cannot_keep([out.topic], self._broker.fabric, error) from None
         await self._journal.append(records)
         self._ledger.count_said(out.topic, len(records), self._clock.time_s())
 

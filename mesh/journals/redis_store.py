@@ -286,12 +286,14 @@ class Store:
             if policy != "noeviction":
                 problems.append(
                     f"redis at {where} has maxmemory-policy={policy!r}: it would throw events away;"
-                    " set `maxmemory-policy noeviction`, or pass allow_volatile=True"
+                    " set `maxmemory-policy noeviction`, or allow it:"
+                    " LEGION_REDIS_ALLOW_VOLATILE=true (allow_volatile=True)"
                 )
             if info.get("aof_enabled", "1") != "1":
                 problems.append(
                     f"redis at {where} has appendonly='no': a restart would lose what was accepted;"
-                    " set `appendonly yes`, or pass allow_volatile=True"
+                    " set `appendonly yes`, or allow it:"
+                    " LEGION_REDIS_ALLOW_VOLATILE=true (allow_volatile=True)"
                 )
         if problems:
             raise ConfigurationError(problems)

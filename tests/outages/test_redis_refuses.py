@@ -44,7 +44,7 @@ class Harm:
     async def do(self, *words: str | int) -> Any:
         def run() -> Any:
             with redis.Redis.from_url(self.server.url, decode_responses=True) as client:
-                return client.execute_command(*words)  # type: ignore[no-untyped-call]
+                return client.execute_command(*words)
 
         return await asyncio.to_thread(run)
 
