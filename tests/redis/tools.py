@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import socket
+import subprocess
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from mesh import ConsumerConfig, EventConsumer, EventHandlerRegistry
 
@@ -156,3 +160,23 @@ async def command(url: str, *words: Any) -> Any:
 
     async with redis.asyncio.Redis.from_url(url) as client:
         return await client.execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+def certificates(folder: Path) -> None:
+    """Make an authority and a server's certificate for 127.0.0.1."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl on this machine")
+
+    def run(*words: str) -> None:
+        subprocess.run([openssl, *words], cwd=folder, check=True, capture_output=True)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    run("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test-ca",
+        "-days", "2", "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
+    run("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=server")
+    (folder / "names").write_text(
+        "subjectAltName=IP:127.0.0.1,DNS:localhost\nauthorityKeyIdentifier=keyid\n"
+    )
+    run("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
+        "-CAcreateserial", "-out", "server.pem", "-extfile", "names")  # fmt: skip
