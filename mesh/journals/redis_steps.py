@@ -36,7 +36,7 @@ class Settlement:
 
     def __init__(self, me: Consumer | None) -> None:
         """Settle nothing yet."""
-        self._me = me
+        self.me = me
         #: The consumer's name, for the pending list.
         self.consumer = "" if me is None else me.name
         self.lanes: dict[Lane, LaneSteps] = {}
@@ -49,7 +49,7 @@ class Settlement:
 
     def add(self, step: Step) -> bool:
         """Take a step in; False when it settles what the consumer does not hold."""
-        acks, me = step.acks, self._me
+        acks, me = step.acks, self.me
         if len(acks) == 1 and me is not None and not step.done:
             # What nearly all are
             name = name_of(acks[0])
@@ -89,11 +89,11 @@ class Settlement:
 
     def undo(self) -> None:
         """Hold everything again."""
-        if self._me is None:
+        if self.me is None:
             return
         for name, count in self._settled:
-            if self._me.settling.pop(name, None) is not None:
-                self._me.held[name] = count
+            if self.me.settling.pop(name, None) is not None:
+                self.me.held[name] = count
         for places, position, place in self._known:
             places[position] = place
         for lane in self.lanes:
@@ -101,14 +101,14 @@ class Settlement:
 
     def settle(self) -> None:
         """Let go of all of it, because Redis has."""
-        if self._me is None:
+        if self.me is None:
             return
         for lane, steps in self.lanes.items():
             for position in self.pins(lane):
                 del lane.plain[position]
             if steps.reached is not None:
                 lane.settled_to = steps.reached[0]
-        self._me.settled(name for name, _ in self._settled)
+        self.me.settled(name for name, _ in self._settled)
 
     def _ack(self, me: Consumer, name: Name) -> None:
         count = me.settling[name] = me.held.pop(name)

@@ -39,6 +39,10 @@ _MIN_VERSION = (7, 0)
 _encode = msgspec.msgpack.Encoder().encode
 
 
+class RenewedError(Exception):
+    """The connection was made anew, and what was to be sent may not fit any more."""
+
+
 class Store:
     """
     The servers, as the journal sees them.
@@ -152,11 +156,25 @@ class Store:
         keys: Sequence[bytes],
         plan: dict[str, Any],
         blobs: Sequence[bytes] = (),
+        *,
+        is_renewed: Callable[[], bool] | None = None,
     ) -> Any:
-        """Run a script; on a cluster all keys lie in one slot."""
+        """
+        Run a script; on a cluster all keys lie in one slot.
+
+        Args:
+            script: Which.
+            keys: Its keys.
+            plan: What it is to do.
+            blobs: Bytes of which the plan speaks.
+            is_renewed: Asked before it is sent, each time; True: not any more.
+
+        Raises:
+            RenewedError: `is_renewed` said so.
+        """
         words: tuple[bytes | str | int, ...]
         words = ("EVALSHA", script.sha, len(keys), *keys, _encode(plan), *blobs)
-        return await self._persist(keys[0], words, script)
+        return await self._persist(keys[0], words, script, is_renewed)
 
     async def call(self, key: bytes, *words: bytes | str | int) -> Any:
         """Run a command, which can be run twice without harm, where a key lies."""
@@ -182,7 +200,11 @@ class Store:
                 self._queue_for_room[0].set()
 
     async def _persist(
-        self, key: bytes, words: tuple[bytes | str | int, ...], script: Script | None
+        self,
+        key: bytes,
+        words: tuple[bytes | str | int, ...],
+        script: Script | None,
+        is_renewed: Callable[[], bool] | None = None,
     ) -> Any:
         trouble: BrokerUnavailableError | None = None
         tries = 0
@@ -190,7 +212,7 @@ class Store:
             async with asyncio.timeout(self._retry_s):
                 while True:
                     try:
-                        return await self._try(key, words, script)
+                        return await self._try(key, words, script, is_renewed)
                     except LostError as error:
                         trouble = BrokerUnavailableError(str(error))
                     except ReplyError as error:
@@ -201,10 +223,16 @@ class Store:
             raise self._give_up(trouble) from None
 
     async def _try(
-        self, key: bytes, words: tuple[bytes | str | int, ...], script: Script | None
+        self,
+        key: bytes,
+        words: tuple[bytes | str | int, ...],
+        script: Script | None,
+        is_renewed: Callable[[], bool] | None,
     ) -> Any:
         node = self._owner(key)
         connection = node.publisher.connection or await node.publisher.wait_up()
+        if is_renewed is not None and is_renewed():
+            raise RenewedError
         try:
             return await connection.ask(*words)
         except ReplyError as error:
