@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mesh.ledger import JOURNAL, In
+from mesh.ledger import JOURNAL
+from mesh.ledger_views import In
 from mesh.replicas import group_of
 from mesh.values import Value, field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mesh.ledger import LedgerView, Out
+    from mesh.ledger_views import LedgerView, Out
 
 
 class LinkAccount(Value, frozen=True):

@@ -27,7 +27,8 @@ from mesh.context import HandlerContext, current_context
 from mesh.deadletters import DeadLetters
 from mesh.errors import HandlerSignatureError, PayloadError, is_outage
 from mesh.handlers import EventHandlerRegistry, HandlerPriority, signature_of
-from mesh.ledger import SOURCES, STATES, Backlog, Ledger
+from mesh.ledger import SOURCES, STATES, Ledger
+from mesh.ledger_views import Backlog
 from mesh.logs import Sparing
 from mesh.middleware.filter import only
 from mesh.publisher import EventPublisher, PublisherConfig
@@ -171,6 +172,8 @@ class AgentContext(Value, frozen=True, kw_only=True):
     dead_letters: DeadLetters | None = None
     #: Sources wait for it; set from the start where nobody has to be waited for.
     gate: asyncio.Event = field(default_factory=asyncio.Event)
+    #: It is started anew whenever it ends: what does not answer at its start is waited for instead.
+    patient: bool = False
     #: Where the ledgers of the mesh are; None in one process.
     ledgers: Path | None = None
     middleware: Sequence[Middleware] = ()
@@ -255,6 +258,7 @@ class Agent:
                 drain_timeout_s=config.drain_timeout_s,
                 group=context.group,
                 start=self.start,
+                patient=context.patient,
                 max_deliveries=config.max_deliveries,
                 max_hops=config.max_hops,
                 clock=context.clock,
@@ -265,6 +269,8 @@ class Agent:
         )
         vars(self.consumer)["restore"] = self.restore
         self._requester = Requester(context.broker, self.publisher)
+        #: `setup` was called, so `teardown` will be.
+        self._was_set_up = False
         #: Set once every source has returned; at once where there is none.
         self.sources_done = asyncio.Event()
         self._sparing = Sparing(self.log)
@@ -455,6 +461,7 @@ class Agent:
         await self._register()
         # What was kept is there when `setup` looks for it
         await self.consumer.prepare()
+        self._was_set_up = True
         await self.setup()
         await self.consumer.start()
         ledger.set("state", STATES.index("ready"))
@@ -499,7 +506,8 @@ class Agent:
         ledger.set("state", STATES.index("draining"))
         await self.consumer.stop()
         try:
-            await self.teardown()
+            if self._was_set_up:
+                await self.teardown()
         except Exception:
             self.log.exception("teardown failed; the agent ends all the same")
         await self._requester.close()

@@ -11,15 +11,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import inspect
 import logging
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from mesh import codec
 from mesh.clock import SYSTEM_CLOCK
-from mesh.errors import BackpressureError, ClosedError, FrameError, MeshError, NotConnectedError
+from mesh.errors import (
+    BackpressureError,
+    ClosedError,
+    FrameError,
+    HandlerSignatureError,
+    MeshError,
+    NotConnectedError,
+)
 from mesh.events import Event
 from mesh.journal import Feature
+from mesh.payloads import payload_encoder
 from mesh.topics import (
     MAX_TOPIC_LENGTH,
     PRIVATE_PREFIX,
@@ -290,7 +299,7 @@ class MessageBroker(ABC):
             BackpressureError: The fabric stayed full.
         """
         topic = check_topic(channel)
-        data = codec.payload_encoder(topic)(dict(message))
+        data = payload_encoder(topic)(dict(message))
         event = Event(type=topic, data=data, source_agent=self.fabric, timestamp=SYSTEM_CLOCK.now())
         await self.send(topic, codec.encode_single(event))
 
@@ -305,10 +314,17 @@ class MessageBroker(ABC):
             handler: Gets the dict; what it raises is logged and does not stop the channel.
 
         Raises:
+            HandlerSignatureError: The handler is no coroutine function.
             NotConnectedError: `connect()` was not called.
             ClosedError: The broker is closed.
         """
         topic = check_topic(channel)
+        called = getattr(handler, "__call__", None)  # noqa: B004 - its kind, not whether it is there
+        if not any(map(inspect.iscoroutinefunction, (inspect.unwrap(handler), called))):
+            raise HandlerSignatureError(
+                f"the handler of channel {channel!r}, {handler!r}, is not a coroutine function:"
+                " write `async def handler(message: dict)`"
+            )
         self.require_connected()
         bound = _Channel(self, handler)
         try:

@@ -27,6 +27,8 @@ class Card(Value, frozen=True, kw_only=True):
     group: str = ""
     #: What it hears durably.
     durable: tuple[str, ...] = ()
+    #: What it hears live, by the settings, although it is declared durable.
+    downgraded: tuple[str, ...] = ()
     #: How many replicas there may be.
     max_replicas: int = MAX_REPLICAS
 

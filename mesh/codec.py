@@ -24,18 +24,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
-from dataclasses import is_dataclass
-from datetime import datetime
-from enum import Enum
 from itertools import chain
 from operator import attrgetter
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from mesh.errors import EventTooLargeError, FrameError, PayloadError
+from mesh.errors import FrameError, PayloadError
 from mesh.events import Event, EventType, OwnEvent, declaration_of, payload_of
+from mesh.payloads import (
+    ARRAY32,
+    CANNOT,
+    MAX_EVENT_BYTES,
+    MAX_ITEMS,
+    SCALARS,
+    cannot_travel,
+    is_closed,
+    too_large,
+    walk,
+)
 from mesh.values import State
 
 if TYPE_CHECKING:
@@ -43,35 +50,21 @@ if TYPE_CHECKING:
 
 BATCH_MARK = 0xC1
 BATCH_VERSION = 1
-MAX_EVENT_BYTES = 256 * 1024
-#: What of it is kept for the envelope.
-_ENVELOPE_BYTES = 4 * 1024
-_MAX_PAYLOAD_BYTES = MAX_EVENT_BYTES - _ENVELOPE_BYTES
-#: No text of the envelope (key, correlation id, ...) is longer.
-MAX_TEXT_BYTES = 512
 #: A batch is closed at this size; a single larger event travels alone.
 MAX_BATCH_BYTES = 64 * 1024
 MAX_BATCH_EVENTS = 512
 #: What a socket accepts at all.
 MAX_FRAME_BYTES = MAX_EVENT_BYTES + MAX_BATCH_BYTES + 1024
-MAX_DEPTH = 32
-MAX_ITEMS = 10_000
 #: No honest numbering gets there: at a million events a second it takes nine years.
 MAX_SEQUENCE = 2**48
 _MAX_EPOCH = 2**63
 
 _HEAD = struct.Struct(">BBB")
 _TAIL = struct.Struct(">QQH")
-_ARRAY32 = struct.Struct(">BI")
 _JOINED = _HEAD.pack(BATCH_MARK, BATCH_VERSION, 0)
-
-_SCALARS = frozenset({NoneType, bool, int, float, str, bytes, datetime})
-_TEXT_ONLY = frozenset({str})
 
 _packer = msgspec.msgpack.Encoder()
 _json = msgspec.json.Encoder()
-#: What msgspec and pydantic raise for data that cannot travel or does not fit.
-CANNOT = (msgspec.ValidationError, TypeError, ValueError, OverflowError, RecursionError)
 _unpack_builtin = msgspec.msgpack.Decoder(list[Event]).decode
 _unpack_own: Callable[[Any], list[Event]] = msgspec.msgpack.Decoder(list[OwnEvent]).decode  # type: ignore[assignment]  # twins
 _unpack_raw = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
@@ -106,182 +99,6 @@ class Batch(State):
     rejected: list[tuple[str, str, bytes]] | None = None
 
 
-def payload_encoder(topic: str) -> Callable[[Any], Any]:
-    """
-    Make the function that checks payloads of a type and gives what travels as ``data``.
-
-    Made once a type and publisher: what the type declares is then known without looking it up.
-
-    Args:
-        topic: The event type.
-
-    Returns:
-        A function of a payload (a dict, or an instance of the declared schema). What it gives is
-        encoded: nobody can change it any more, and encoding the event cannot fail because of it. It
-        raises PayloadError, which names the type, the field, what was expected and what it got, or
-        EventTooLargeError.
-    """
-    schema = declaration_of(topic).schema
-    if schema is not None:
-        return _schema_encoder(topic, schema)
-    flat = _SCALARS.issuperset
-    text = _TEXT_ONLY.issuperset
-    pack, raw = _packer.encode, msgspec.Raw
-
-    def encode(data: Any) -> msgspec.Raw:
-        if not (type(data) is dict and flat(map(type, data.values())) and text(map(type, data))):
-            if type(data) is raw:
-                return data
-            data = _plain(topic, data)
-        try:
-            packed = pack(data)
-        except CANNOT as error:
-            raise _cannot_travel(topic, error) from error
-        if len(packed) > _MAX_PAYLOAD_BYTES:
-            raise _too_large(topic, len(packed))
-        return raw(packed)
-
-    return encode
-
-
-def _schema_encoder(topic: str, schema: type[Any]) -> Callable[[Any], msgspec.Raw]:
-    decode = _make_decoder(schema)
-    pack, raw = _packer.encode, msgspec.Raw
-
-    def encode(data: Any) -> msgspec.Raw:
-        # Encoding first and decoding what was encoded proves exactly what the other side will see,
-        # for every kind of schema, at half the cost of a conversion followed by an encoding
-        try:
-            packed = pack(data)
-            decode(packed)
-        except CANNOT as error:
-            packed = _validated_model(topic, schema, data, error)
-        if len(packed) > _MAX_PAYLOAD_BYTES:
-            raise _too_large(topic, len(packed))
-        return raw(packed)
-
-    return encode
-
-
-def payloads_encoder(topic: str) -> Callable[[Sequence[Any]], list[Any]]:
-    """
-    Make the function that does for many payloads of a type what `payload_encoder`'s does for one.
-
-    It raises the same errors, for the first payload that does not fit.
-    """
-    encode, schema = payload_encoder(topic), declaration_of(topic).schema
-    if schema is None or hasattr(schema, "model_validate"):
-        return lambda payloads: [encode(data) for data in payloads]
-    decode_all = msgspec.msgpack.Decoder(list[schema]).decode  # type: ignore[valid-type]
-    pack, raw = _packer.encode, msgspec.Raw
-
-    def encode_all(payloads: Sequence[Any]) -> list[msgspec.Raw]:
-        # Three calls into C for all of them, instead of three for each
-        try:
-            packed = list(map(pack, payloads))
-            decode_all(b"".join((_ARRAY32.pack(0xDD, len(packed)), *packed)))
-        except CANNOT:
-            return [encode(data) for data in payloads]
-        if len(max(packed, key=len, default=b"")) > _MAX_PAYLOAD_BYTES:
-            return [encode(data) for data in payloads]
-        return list(map(raw, packed))
-
-    return encode_all
-
-
-def _cannot_travel(topic: str, error: Exception) -> PayloadError:
-    return PayloadError(f"payload of {topic!r} cannot travel: {error}")
-
-
-def _too_large(topic: str, size: int, limit: int = _MAX_PAYLOAD_BYTES) -> EventTooLargeError:
-    return EventTooLargeError(
-        f"event of type {str(topic)!r} has {size} bytes, the limit is {limit};"
-        " send a reference to the data instead"
-    )
-
-
-def _validated_model(topic: str, schema: type[Any], data: Any, error: Exception) -> bytes:
-    """Give pydantic models, which msgspec does not know, their turn; else say what is wrong."""
-    if hasattr(data, "model_dump"):
-        try:
-            packed = _packer.encode(data.model_dump(mode="json"))
-            _make_decoder(schema)(packed)
-        except CANNOT as second:
-            error = second
-        else:
-            return packed
-    raise PayloadError(
-        f"payload of {topic!r} does not fit {schema.__qualname__}: {error}"
-    ) from error
-
-
-def _plain(topic: str, data: Any) -> dict[str, Any]:
-    """Turn an object into the dict it stands for."""
-    if hasattr(data, "model_dump"):
-        data = data.model_dump()
-    try:
-        plain = data if isinstance(data, dict) else msgspec.to_builtins(data)
-    except TypeError as error:
-        raise _cannot_travel(topic, error) from error
-    if not isinstance(plain, dict):
-        raise PayloadError(
-            f"payload of {topic!r} must be an object (dict, Struct, dataclass, pydantic model),"
-            f" got {type(data).__name__}"
-        )
-    return _checked(topic, plain)
-
-
-def _checked(topic: str, data: dict[str, Any]) -> dict[str, Any]:
-    try:
-        _walk(data, 1, [0])
-    except FrameError as error:
-        raise PayloadError(f"payload of {topic!r}: {error}") from None
-    return data
-
-
-def _make_decoder(schema: type[Any]) -> Callable[[bytes], Any]:
-    if hasattr(schema, "model_validate"):
-        unpack = msgspec.msgpack.Decoder(dict[str, Any]).decode
-
-        def decode_model(raw: bytes) -> Any:
-            return schema.model_validate(unpack(raw))
-
-        return decode_model
-    return msgspec.msgpack.Decoder(schema).decode
-
-
-def convert_payload(data: dict[str, Any], schema: type[Any]) -> Any:
-    """
-    Decode a received payload into the class a handler asks for.
-
-    Raises:
-        PayloadError: The payload does not fit.
-    """
-    try:
-        if hasattr(schema, "model_validate"):
-            return schema.model_validate(data)
-        return msgspec.convert(data, schema, strict=False)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise PayloadError(f"payload does not fit {schema.__qualname__}: {error}") from error
-
-
-def check_text(name: str, value: Any) -> None:
-    """
-    Refuse a text of the envelope that cannot travel.
-
-    Raises:
-        PayloadError: It is no text, too long, or holds half a surrogate pair; the message names it.
-    """
-    if not isinstance(value, str):
-        raise PayloadError(f"{name} must be text, got {type(value).__name__}: {value!r:.80}")
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError as error:
-        raise PayloadError(f"{name} cannot travel: {error}") from error
-    if size > MAX_TEXT_BYTES:
-        raise PayloadError(f"{name} has {size} bytes, the limit is {MAX_TEXT_BYTES}")
-
-
 def batch_prefix(publisher: str) -> bytes:
     """Make the fixed start of a publisher's live batches."""
     name = publisher.encode()
@@ -299,7 +116,7 @@ def encode_batch(prefix: bytes, epoch: int, first: int, events: list[Event]) -> 
 def join_frames(frames: Sequence[bytes]) -> bytes:
     """Make one batch of events that were encoded alone, so that they are decoded in one go."""
     count = len(frames)
-    return b"".join((_JOINED, _TAIL.pack(0, 1, count), _ARRAY32.pack(0xDD, count), *frames))
+    return b"".join((_JOINED, _TAIL.pack(0, 1, count), ARRAY32.pack(0xDD, count), *frames))
 
 
 def encode_json(event: Event, *, epoch: int | None = None, sequence: int | None = None) -> bytes:
@@ -313,7 +130,7 @@ def encode_json(event: Event, *, epoch: int | None = None, sequence: int | None 
     try:
         return _json.encode(_Sequenced(**fields, sequence=sequence, epoch=epoch))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise _cannot_travel(event.type, error) from error
+        raise cannot_travel(event.type, error) from error
 
 
 def encode_single(event: Event) -> bytes:
@@ -327,9 +144,9 @@ def encode_single(event: Event) -> bytes:
     try:
         packed = _packer.encode(event)
     except CANNOT as error:
-        raise _cannot_travel(event.type, error) from error
+        raise cannot_travel(event.type, error) from error
     if len(packed) > MAX_EVENT_BYTES:
-        raise _too_large(event.type, len(packed), MAX_EVENT_BYTES)
+        raise too_large(event.type, len(packed), MAX_EVENT_BYTES)
     return packed
 
 
@@ -350,7 +167,7 @@ def is_frame(frame: bytes) -> bool:
 @functools.cache
 def _typed_unpacker(schema: Any, *, builtin: bool) -> Callable[[Any], list[Event]] | None:
     """Make a decoder that checks payloads against a schema in C; None if that is not enough."""
-    if not _is_closed(schema):
+    if not is_closed(schema):
         return None
     kind = msgspec.defstruct(
         "Event",
@@ -363,25 +180,6 @@ def _typed_unpacker(schema: Any, *, builtin: bool) -> Callable[[Any], list[Event
         omit_defaults=True,
     )
     return msgspec.msgpack.Decoder(list[kind]).decode  # type: ignore[valid-type]
-
-
-def _is_closed(schema: Any, within: tuple[Any, ...] = ()) -> bool:
-    """Say whether a schema bounds depth and number of items by itself."""
-    if schema in _SCALARS:
-        return True
-    if get_origin(schema) in (Union, UnionType):
-        return all(_is_closed(each, within) for each in get_args(schema))
-    if schema in within or not isinstance(schema, type):
-        return False
-    if issubclass(schema, Enum):
-        return True
-    if not (issubclass(schema, msgspec.Struct) or is_dataclass(schema)):
-        return False
-    try:
-        hints = get_type_hints(schema)
-    except (NameError, TypeError):
-        return False
-    return all(_is_closed(each, (*within, schema)) for each in hints.values())
 
 
 def decode_frame(topic: str, frame: bytes, schema: type[Any] | None = None) -> Batch:
@@ -468,7 +266,7 @@ def _all_sound(decoded: list[Any], member: str, size: int) -> bool:
     """Check types and shapes of a whole batch without a Python-level loop: it is done per event."""
     payloads = list(map(payload_of, decoded))
     return (
-        _SCALARS.issuperset(map(type, chain.from_iterable(map(dict.values, payloads))))
+        SCALARS.issuperset(map(type, chain.from_iterable(map(dict.values, payloads))))
         and {member}.issuperset(map(_type_of, decoded))
         and (size <= 2 * MAX_ITEMS or max(map(len, payloads)) <= MAX_ITEMS)
     )
@@ -490,8 +288,8 @@ def _check_each(batch: Batch, decoded: list[Any], member: str, size: int) -> Bat
 def _check_event(topic: str, event: Event, size: int) -> None:
     if event.type != topic:
         raise FrameError("wrong_topic", f"an event of type {event.type!r:.80} under {topic!r}")
-    if size > 2 * MAX_ITEMS or not _SCALARS.issuperset(map(type, event.data.values())):
-        _walk(event.data, 1, [0])
+    if size > 2 * MAX_ITEMS or not SCALARS.issuperset(map(type, event.data.values())):
+        walk(event.data, 1, [0])
 
 
 def _decode_one_by_one(batch: Batch, body: memoryview) -> Batch:
@@ -566,22 +364,3 @@ def _json_or_nothing(event: Event) -> bytes:
         return _json.encode(event)
     except (TypeError, ValueError, RecursionError):
         return b""
-
-
-def _walk(value: Any, depth: int, items: list[int]) -> None:
-    """Hold a payload against the limits on depth and number of items."""
-    if depth > MAX_DEPTH:
-        raise FrameError("too_deep", f"nested deeper than {MAX_DEPTH}")
-    items[0] += len(value)
-    if items[0] > MAX_ITEMS:
-        raise FrameError("too_many_items", f"more than {MAX_ITEMS} items")
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise FrameError("invalid", f"key {key!r:.40} is {type(key).__name__}, not text")
-        children = value.values()
-    else:
-        children = value
-    for child in children:
-        if isinstance(child, (dict, list, tuple)):
-            _walk(child, depth + 1, items)

@@ -78,6 +78,10 @@ class MessageBusConfig:
     max_hops: int = 32
     #: ``NORMAL`` survives the death of any process, ``FULL`` a power cut as well (SQLite).
     journal_synchronous: str = "NORMAL"
+    #: Events that every group has settled are forgotten when they are older; 0: never.
+    journal_max_age_s: float = 7 * 86_400.0
+    #: The oldest of them are forgotten while the journal is larger; 0: no limit.
+    journal_max_bytes: int = 0
     #: Keep durable events in a Redis without persistence, which forgets them when it restarts.
     redis_allow_volatile: bool = False
     log_level: str = "INFO"
@@ -173,6 +177,8 @@ VARIABLES = {
     "max_deliveries": "LEGION_MAX_DELIVERIES",
     "max_hops": "LEGION_MAX_HOPS",
     "journal_synchronous": "LEGION_JOURNAL_SYNCHRONOUS",
+    "journal_max_age_s": "LEGION_JOURNAL_MAX_AGE_S",
+    "journal_max_bytes": "LEGION_JOURNAL_MAX_BYTES",
     "redis_allow_volatile": "LEGION_REDIS_ALLOW_VOLATILE",
     "log_level": "LEGION_LOG_LEVEL",
     "log_events": "LEGION_LOG_EVENTS",
@@ -255,6 +261,8 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "max_deliveries": _whole,
     "max_hops": _whole,
     "journal_synchronous": str.upper,
+    "journal_max_age_s": _number,
+    "journal_max_bytes": _whole,
     "redis_allow_volatile": _flag,
     "log_level": str.upper,
     "log_events": _flag,
@@ -290,6 +298,14 @@ def _are_patterns(value: Any) -> bool:
     return _are_topics([each.removesuffix(".*") for each in value if each != "*"])
 
 
+def _is_age(value: Any) -> bool:
+    return isinstance(value, (int, float)) and (value == 0 or 60 <= value <= 3e9)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and (value == 0 or 2**20 <= value <= 2**60)
+
+
 def _is_redis_url(value: Any) -> bool:
     if value is None:
         return True
@@ -321,6 +337,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_deliveries": _between(1, 1000),
     "max_hops": _between(1, 1000),
     "journal_synchronous": _one_of(SYNCHRONOUS),
+    "journal_max_age_s": (_is_age, "must be 0 (keep for ever), or 60 to 3e+09 seconds"),
+    "journal_max_bytes": (_is_size, "must be 0 (no limit), or at least 1048576"),
     "log_level": _one_of(LOG_LEVELS),
     "wire_format": _one_of(WIRE_FORMATS),
     "tracing": _one_of(TRACING),

@@ -16,7 +16,6 @@ from mesh import codec
 from mesh.consumer_config import ConsumerConfig
 from mesh.context import HandlerContext
 from mesh.deadletters import DeadLetters
-from mesh.env import is_supervised
 from mesh.errors import ClosedError, ConfigurationError, FrameError, MeshError, is_outage
 from mesh.events import is_durable
 from mesh.handlers import Handler, HandlerPriority
@@ -55,6 +54,8 @@ _log = logging.getLogger(__name__)
 _LANE_OF = {priority: lane for lane, priority in enumerate(HandlerPriority)}
 _UNNUMBERED = "(unnumbered)"
 _FRAMES, _REJECTED_FRAMES = Ledger.at("frames"), Ledger.at("rejected_frames")
+#: Numbers further behind the last one are no late ones: the last one was a lie.
+_LATE_NUMBERS = 20_000
 #: Links whose place in the ledger is remembered; anybody can make up names of publishers.
 _MAX_LINKS = 10_000
 
@@ -131,18 +132,15 @@ class EventConsumer:
             await self._open_intake()
 
     async def _open_intake(self) -> None:
-        if self._intake is not None:
-            return
         sparing, tries = Sparing(_log), 0
         while self._intake is None:
             try:
                 self._intake = await self._opened_intake()
             except MeshError as error:
-                # Whom supervisord would start anew, over and over, waits instead
-                if not is_supervised() or not is_outage(error):
+                if not self.config.patient or not is_outage(error):
                     raise
                 tries += 1
-                words = f"{self.agent_name} waits for the journal before it starts: {error}"
+                words = f"{self.agent_name} waits for the journal before it begins: {error}"
                 sparing.say("away", logging.WARNING, words)
                 await self.config.clock.sleep(OUTAGE.delay_s(tries))
 
@@ -347,6 +345,8 @@ class EventConsumer:
         arrived = len(batch.events) + len(batch.rejected or ())
         if batch.epoch:
             arrived = self._check_sequence(at, batch)
+            if not arrived:
+                return
         cells = self._cells
         if self._slots_of_mine is not None:
             passed = leave_to_others(batch, self._slots_of_mine)
@@ -364,7 +364,7 @@ class EventConsumer:
             self._put(Arrival(batch.events, handlers, route.lane, at))
 
     def _check_sequence(self, at: int, batch: codec.Batch) -> int:
-        """Count what is missing before this batch; gives how many numbers it covers."""
+        """Count what is missing before this batch; gives how many it covers, 0: it is too late."""
         cells = self._cells
         last = cells[at + IN_LAST]
         if cells[at + IN_EPOCH] != batch.epoch:
@@ -392,7 +392,30 @@ class EventConsumer:
         newest = batch.first + batch.count - 1
         if newest > last:
             cells[at + IN_LAST] = newest
+        elif last - newest < _LATE_NUMBERS and not self.ledger.is_shared(at):
+            self._say_late(batch, last)
+            return 0
         return batch.count
+
+    def _say_late(self, batch: codec.Batch, last: int) -> None:
+        """
+        Leave a batch aside that younger ones have overtaken: they were counted as missing then.
+
+        A publisher was killed while a stalled forwarder still held frames of it, and those of its
+        successor came through first.
+        """
+        self.ledger.count("late", batch.count)
+        _log.warning(
+            "%s leaves %d events of %s on %s aside, which came after younger ones (numbers %d to %d"
+            " after %d)",
+            self.agent_name,
+            batch.count,
+            batch.publisher,
+            batch.topic,
+            batch.first,
+            batch.first + batch.count - 1,
+            last,
+        )
 
     def _listening_since_ns(self) -> int:
         return self.ledger.get("ready_at_us") * 1000

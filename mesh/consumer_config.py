@@ -44,6 +44,8 @@ class ConsumerConfig(Value, frozen=True, kw_only=True):
     live_only: bool = False
     #: Where a group that has never read begins: ``now`` or ``earliest``.
     start: str = "now"
+    #: A journal that does not answer at the start is waited for, instead of raising.
+    patient: bool = False
     #: An event whose handling has killed its process so often is put aside.
     max_deliveries: int = 5
     #: An event with more handlers behind it than this is put aside: it goes in circles.

@@ -27,6 +27,7 @@ from mesh.deadletters import Attempt
 from mesh.errors import DeadLetterError, EventTooLargeError, FrameError, TopicError
 from mesh.events import Event, is_durable
 from mesh.journal import ALL_DEAD, DeadQuery, Record
+from mesh.payloads import payload_encoder
 from mesh.replay import REPLAYER, event_of, replay_record
 from mesh.topics import PRIVATE_PREFIX, replay_topic
 from mesh.values import State, Value, field
@@ -232,7 +233,7 @@ class DeadLetterQueue:
                 " it cannot be made an event"
             )
         now = self._clock.now()
-        payload = codec.payload_encoder(letter.topic)(data)
+        payload = payload_encoder(letter.topic)(data)
         known = event_of(letter)
         if known is None:
             event = Event(type=letter.topic, data=payload, source_agent=REPLAYER, timestamp=now)

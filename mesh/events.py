@@ -369,6 +369,11 @@ def is_durable(topic: str) -> bool:
     return declaration_of(topic).durable or any(_means(each, topic) for each in _made_durable)
 
 
+def is_downgraded(topic: str) -> bool:
+    """Say whether the settings make a type live that is declared durable."""
+    return topic in _made_live and declaration_of(topic).durable
+
+
 def _means(pattern: str, topic: str) -> bool:
     if not pattern.endswith("*"):
         return pattern == topic

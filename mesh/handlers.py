@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mesh.codec import convert_payload
 from mesh.errors import HandlerSignatureError
-from mesh.events import Event, payload_of
+from mesh.events import Event, declaration_of, payload_of
+from mesh.payloads import convert_payload
 from mesh.topics import check_topic
 from mesh.values import State, Value
 
@@ -371,7 +371,8 @@ class EventHandlerRegistry:
             del self._handlers[topic]
             self._by_topic.pop(topic, None)
             return
-        self._by_topic[topic] = tuple(of_topic)
+        # Events carry the member: found by identity, without comparing texts
+        self._by_topic[declaration_of(topic).member] = tuple(of_topic)
         agents = self._agents_of[topic] = {handler.agent_name for handler in of_topic}
         for agent in agents:
             self._of_agent[topic, agent] = tuple(

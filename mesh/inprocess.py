@@ -19,7 +19,8 @@ from mesh.clock import SYSTEM_CLOCK
 from mesh.config import MessageBusConfig
 from mesh.errors import ConfigurationError
 from mesh.events import set_delivery
-from mesh.ledger import Ledger, LedgerView, view_of
+from mesh.ledger import Ledger
+from mesh.ledger_views import LedgerView, view_of
 from mesh.loading import load_agent
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester

@@ -54,7 +54,8 @@ class Feature(enum.Enum):
     SHARED = "shared"
     #: Hosts share it.
     REMOTE = "remote"
-    #: A step is one transaction; else it is made of idempotent parts, outputs first, acks last.
+    #: A step is one transaction; else its outputs are kept first, and known by their ids when it is
+    #: repeated; state and acks are one transaction always.
     ATOMIC = "atomic"
 
 
@@ -344,12 +345,9 @@ class Journal(ABC):
     ) -> list[Stored]:
         """Give kept events, settled or not, the oldest first."""
 
+    @abstractmethod
     async def newest(self) -> int | str | None:
         """Give the place of the newest event, for a `scan` of what comes later; None: none."""
-        place: int | str | None = None
-        while page := await self.scan(after=place):
-            place = page[-1].position
-        return place
 
     @abstractmethod
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:
@@ -359,6 +357,20 @@ class Journal(ABC):
         Args:
             max_age_s: Forget what is older.
             max_bytes: Forget the oldest until the store is smaller.
+        """
+
+    @abstractmethod
+    async def forget(self, group: str) -> bool:
+        """
+        Forget a group that is gone for good, with its state and all it has not settled.
+
+        What only it had not settled can then be trimmed.
+
+        Returns:
+            Whether there was such a group.
+
+        Raises:
+            ConfigurationError: A consumer of it lives.
         """
 
     @abstractmethod

@@ -30,7 +30,8 @@ from mesh.config import MessageBusConfig
 from mesh.errors import ConfigurationError, FrameError, MeshError
 from mesh.events import declarations
 from mesh.factory import make_broker
-from mesh.ledger import Ledger, LedgerView, read_ledgers
+from mesh.ledger import Ledger
+from mesh.ledger_views import LedgerView, read_ledgers
 from mesh.loading import load_agent
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester

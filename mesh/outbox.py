@@ -20,6 +20,7 @@ from mesh.events import declaration_of, is_durable
 from mesh.journal import Record, cannot_keep
 from mesh.ledger import OUT_BEGAN, OUT_EPOCH, OUT_SEQUENCE
 from mesh.logs import Sparing
+from mesh.payloads import payload_encoder, payloads_encoder
 from mesh.topics import PRIVATE_PREFIX, check_topic
 from mesh.values import State, field
 
@@ -114,7 +115,7 @@ class Outbox:
         topic = check_topic(event_type)
         self._require_open()
         self._broker.require_connected()
-        encode, encode_all = codec.payload_encoder(topic), codec.payloads_encoder(topic)
+        encode, encode_all = payload_encoder(topic), payloads_encoder(topic)
         member = declaration_of(topic).member
         if topic.startswith(PRIVATE_PREFIX) or is_durable(topic):
             durable = not topic.startswith(PRIVATE_PREFIX)

@@ -13,7 +13,6 @@ import msgspec
 
 from mesh.causality import current_event
 from mesh.clock import SYSTEM_CLOCK
-from mesh.codec import check_text
 from mesh.context import current_context
 from mesh.deadletters import DeadLetters
 from mesh.errors import BrokerUnavailableError
@@ -21,6 +20,7 @@ from mesh.events import Event, id_source, is_durable, payload_of
 from mesh.handlers import compose
 from mesh.ledger import Ledger
 from mesh.outbox import Outbox, Outgoing
+from mesh.payloads import check_text
 from mesh.retry import RetryPolicy
 from mesh.values import Value
 

@@ -19,6 +19,7 @@ from mesh.deadletters import Attempt, Earlier, encode_letter
 from mesh.errors import FrameError
 from mesh.events import Event
 from mesh.journal import Record
+from mesh.payloads import MAX_EVENT_BYTES
 from mesh.topics import check_topic, replay_topic
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def replay_record(letter: DeadLetter, event: Event, now: datetime) -> Record:
     frame = codec.encode_single(event)
     history = _cut((*letter.history, Attempt(at_s=letter.at_s, error=letter.error)))
     # A large event leaves less room
-    room = codec.MAX_EVENT_BYTES - len(frame) - 2048
+    room = MAX_EVENT_BYTES - len(frame) - 2048
     while history and len(history) * (_MAX_WORDS + 32) > room:
         history = history[1:]
     data = _Replay(

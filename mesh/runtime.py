@@ -31,10 +31,11 @@ from mesh.errors import (
     EXIT_LOCKED,
     AccessDeniedError,
     AlreadyRunningError,
+    BrokerUnavailableError,
     ConfigurationError,
     MeshError,
 )
-from mesh.events import EventType, is_durable
+from mesh.events import EventType, is_downgraded, is_durable
 from mesh.factory import make_broker
 from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.loading import load_agent
@@ -169,6 +170,12 @@ def run_launch(launch: Launch) -> int:
             # A password or certificate does not become right by trying again
             raise ConfigurationError(str(first)) from None
         raise first from None
+    except* MeshError as group:
+        first = _first_leaf(group)
+        # That something does not answer is no mistake in the code
+        trace = None if isinstance(first, BrokerUnavailableError) else first
+        _log.error("%s could not begin: %s", launch.name, first, exc_info=trace)
+        raise first from None
     finally:
         close_log()
         process.drop_empty_stacks()
@@ -247,14 +254,15 @@ class _AgentProcess:
         # Before anything is held: should this process die, it is known what of
         self._write_card("starting")
         try:
-            if not await self._unless_stopped(broker.connect()):
-                return 0
-            if not await self._unless_stopped(agent.open()):
-                return 0
+            for opening in (broker.connect, agent.open):
+                if not await self._unless_stopped(opening()):
+                    return 0
             self._write_card("ready")
             beats.send(self._beat_now(beats))
             _log.info("%s is READY (pid %d)", launch.name, os.getpid())
-            await agent.publish(EventType.AGENT_READY, {"name": launch.name, "pid": os.getpid()})
+            with contextlib.suppress(BrokerUnavailableError):  # for eyes
+                ready = {"name": launch.name, "pid": os.getpid()}
+                await agent.publish(EventType.AGENT_READY, ready)
             return await self._work(agent)
         finally:
             self._write_card("draining")
@@ -271,7 +279,7 @@ class _AgentProcess:
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
         """Do it, unless a signal comes first; a fabric that is away may be waited for long."""
-        doing = asyncio.create_task(work, name="connect")
+        doing = asyncio.create_task(work, name="open")
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
         await asyncio.wait({doing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -313,6 +321,7 @@ class _AgentProcess:
                 params=launch.params,
                 ledger=self._ledger,
                 gate=beats.gate_open,
+                patient=launch.gated,
                 ledgers=launch.rundir.ledgers,
                 middleware=handler_layers,
                 publisher_middleware=publish_layers,
@@ -379,6 +388,7 @@ class _AgentProcess:
                 hears=tuple(launch.kind.hears()),
                 max_replicas=launch.kind.max_replicas,
                 durable=tuple(filter(is_durable, launch.kind.hears())),
+                downgraded=tuple(filter(is_downgraded, launch.kind.hears())),
                 says=tuple(says),
                 started_at_s=self._started_s,
                 state=state,

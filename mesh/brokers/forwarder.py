@@ -108,6 +108,10 @@ class Forwarder:
 
     def close(self) -> None:
         """Close the sockets; what is queued for subscribers still leaves."""
+        if self._monitors:
+            # Or whoever leaves later would be told of to a socket that nobody reads, for ever
+            self._in.disable_monitor()
+            self._out.disable_monitor()
         for socket in (*self._monitors, self._in):
             socket.close(linger=0)
         self._out.close(linger=500)

@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 #: What a monitor socket tells: the handshake is done, or the connection is gone (a forwarder that
 #: died, or was silent for HEARTBEAT_TIMEOUT).
 _UP, _DOWN = zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
-#: High-water mark in frames, on each leg. A frame holds 1 to 64 events (or 64 KiB of them).
+#: High-water mark in frames, on each leg. A frame holds 1 to 512 events (or 64 KiB of them).
 HIGH_WATER_FRAMES = 2000
 #: Frames taken from the socket in one go before the loop gets a turn.
 _DRAIN_BUDGET = 32

@@ -12,7 +12,7 @@ from mesh.cli import say
 from mesh.cli.exits import NoMeshError
 from mesh.cli.place import Place, directory_option, json_option
 from mesh.events import is_durable
-from mesh.ledger import read_ledgers
+from mesh.ledger_views import read_ledgers
 from mesh.topics import PRIVATE_PREFIX
 
 if TYPE_CHECKING:

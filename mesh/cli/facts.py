@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.account import LinkAccount, account
 from mesh.card import read_cards
-from mesh.ledger import LedgerView, read_ledgers
+from mesh.ledger_views import LedgerView, read_ledgers
 from mesh.replicas import group_of, number_of
 from mesh.supervision.boot import last_words
 from mesh.supervision.conf import INFRASTRUCTURE
@@ -79,6 +79,8 @@ class MeshFacts:
     in_flight: int
     #: Agents with several replicas.
     groups: dict[str, GroupFacts]
+    #: Types that are declared durable and travel live, because the settings say so.
+    downgraded: list[str]
 
     @property
     def problems(self) -> list[str]:
@@ -97,6 +99,7 @@ class MeshFacts:
             "lost_by_link": {name: link.lost for name, link in self.links.items() if link.lost},
             "programs": [asdict(each) for each in self.programs],
             "groups": {name: asdict(each) for name, each in self.groups.items()},
+            "downgraded": self.downgraded,
             "links": {name: link.to_dict() for name, link in self.links.items()},
         }
 
@@ -111,7 +114,8 @@ async def look(rundir: RunDir) -> MeshFacts:
     client = SupervisorClient(rundir.socket("supervisor"))
     processes = await client.processes()
     views = read_ledgers(rundir.ledgers)
-    hears = {name: frozenset(card.hears) for name, card in read_cards(rundir).items()}
+    cards = read_cards(rundir)
+    hears = {name: frozenset(card.hears) for name, card in cards.items()}
     joined = account(views, hears)
     programs = [_facts(rundir, each, views.get(each.name)) for each in _in_order(processes)]
     return MeshFacts(
@@ -122,6 +126,7 @@ async def look(rundir: RunDir) -> MeshFacts:
         lost=joined.lost,
         in_flight=joined.in_flight,
         groups=_groups(programs, views, joined.links),
+        downgraded=sorted({topic for card in cards.values() for topic in card.downgraded}),
     )
 
 

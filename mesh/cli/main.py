@@ -31,13 +31,15 @@ COMMANDS = {
     "tail": ("tail", "Listen to events as they happen."),
     "publish": ("publish", "Say an event."),
     "dlq": ("dlq", "Look at dead letters, send them back, correct them, throw them away."),
+    "journal": ("journal", "Look at what is kept for whom; forget what nobody needs."),
     "agents": ("agents", "Show who hears and says what."),
     "new": ("scaffold", "Write a new agent: script, test, and its place in supervisord.conf."),
     "doctor": ("checkup", "Check the environment, the run directory and the running mesh."),
 }
 
-#: Commands of the command `dlq`.
+#: Commands of commands.
 DLQ_COMMANDS = ("ls", "show", "replay", "edit", "purge")
+JOURNAL_COMMANDS = ("ls", "trim", "forget")
 
 
 class MeshGroup(click.Group):
@@ -117,6 +119,7 @@ def cli(context: click.Context, directory: str | None) -> None:
         context.default_map = {
             **dict.fromkeys(COMMANDS, chosen),
             "dlq": dict.fromkeys(DLQ_COMMANDS, chosen),
+            "journal": dict.fromkeys(JOURNAL_COMMANDS, chosen),
         }
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.account import account
 from mesh.cli import say
-from mesh.ledger import LedgerView, percentile_us
+from mesh.ledger_views import LedgerView, percentile_us
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -20,7 +20,7 @@ from mesh.cli.watching import Watch
 from mesh.errors import EXIT_CONFIGURATION, ConfigurationError, MeshError
 from mesh.factory import make_broker
 from mesh.journal import cannot_keep
-from mesh.ledger import LedgerView, read_ledgers
+from mesh.ledger_views import LedgerView, read_ledgers
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester
 from mesh.supervision import boot

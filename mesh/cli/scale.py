@@ -12,7 +12,7 @@ from mesh.cli import say
 from mesh.cli.place import Place, directory_option, settings_of
 from mesh.cli.starting import declare_durable_groups, ready, tell_failures
 from mesh.errors import EXIT_BUG
-from mesh.ledger import read_ledgers
+from mesh.ledger_views import read_ledgers
 from mesh.replicas import MARK, MAX_REPLICAS
 from mesh.supervision import boot
 from mesh.supervision.conf import INFRASTRUCTURE

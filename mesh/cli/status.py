@@ -94,6 +94,12 @@ def _show(facts: MeshFacts, journal: KeptFacts) -> None:
     else:
         say.line(f"{len(facts.links)} links, nothing lost")
     _show_kept(journal)
+    if facts.downgraded:
+        say.line(
+            "declared durable, and live by LEGION_ALLOW_DOWNGRADE (can be lost):"
+            f" {', '.join(facts.downgraded)}",
+            "yellow",
+        )
     for each in facts.programs:
         if each.last_words:
             say.line(f"{each.name}: {each.last_words}", "red")

@@ -18,7 +18,7 @@ from mesh.consumer import ConsumerConfig, EventConsumer
 from mesh.events import declarations, is_durable
 from mesh.factory import make_broker
 from mesh.handlers import EventHandlerRegistry
-from mesh.ledger import read_ledgers
+from mesh.ledger_views import read_ledgers
 from mesh.topics import PRIVATE_PREFIX, check_topic
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from types import TracebackType
 
-    from mesh.ledger import LedgerView
+    from mesh.ledger_views import LedgerView
 
 LOOK_S = 0.05
 #: Nothing moved for so long: what is still under way will not arrive any more.

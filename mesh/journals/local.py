@@ -7,7 +7,7 @@ import contextlib
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from mesh.errors import ClosedError, NotConnectedError
+from mesh.errors import ClosedError, ConfigurationError, NotConnectedError
 from mesh.journal import PARTITIONS, DeadCount, Journal
 
 if TYPE_CHECKING:
@@ -25,6 +25,14 @@ def share_of(consumer: str, consumers: Iterable[str]) -> frozenset[int]:
     """Give the partitions that are a consumer's by right; the same answer in every process."""
     names = sorted(consumers)
     return frozenset(p for p in range(PARTITIONS) if names[p % len(names)] == consumer)
+
+
+def still_lives(group: str, consumers: Iterable[str]) -> ConfigurationError:
+    """Give the error for a group that cannot be forgotten."""
+    return ConfigurationError(
+        f"group {group!r} cannot be forgotten while it lives: {', '.join(sorted(consumers))};"
+        " stop its agents first"
+    )
 
 
 def count_letters(

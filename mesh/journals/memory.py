@@ -26,7 +26,7 @@ from mesh.journal import (
     GroupView,
     Stored,
 )
-from mesh.journals.local import Bells, LocalJournal, count_letters, share_of
+from mesh.journals.local import Bells, LocalJournal, count_letters, share_of, still_lives
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence, Set
@@ -265,6 +265,21 @@ class MemoryJournal(LocalJournal):
         """Do the same, for this process: nobody else is here."""
         if pid == os.getpid():
             await self.free(group, consumer)
+
+    async def forget(self, group: str) -> bool:
+        """Forget a group without consumers."""
+        self._require_open()
+        found = self.store.groups.get(group)
+        if found is None:
+            return False
+        now_s = self.store.clock.mono_s()
+        living = [each.name for each in found.consumers.values() if each.lease_until_s >= now_s]
+        if living:
+            raise still_lives(group, living)
+        for kept in _owed_to(found):
+            kept.owed -= 1
+        del self.store.groups[group]
+        return True
 
     async def load_state(self, group: str) -> dict[str, bytes]:
         """Give the state of a group."""

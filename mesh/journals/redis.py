@@ -49,9 +49,9 @@ class RedisJournal(LocalJournal):
     """
     A journal of Redis Streams.
 
-    On one server a step is one transaction; on a cluster its outputs are kept first and its acks
-    last (`Feature.ATOMIC` is missing then). An id is remembered for at least `remembered_ids` later
-    ones.
+    On one server a step is one transaction; on a cluster its outputs are kept first, then state and
+    acks are decided together (`Feature.ATOMIC` is missing then). An id is remembered for at least
+    `remembered_ids` later ones.
 
     Args:
         host: The server, or a node of the cluster.
@@ -265,6 +265,11 @@ class RedisJournal(LocalJournal):
         self._require_open()
         await self._members.free(group, consumer, pid)
 
+    async def forget(self, group: str) -> bool:
+        """Forget a group without consumers."""
+        self._require_open()
+        return await self._members.forget(group)
+
     async def _look(self, group: str, consumer: str, limit: int) -> list[Delivery]:
         me = self._consumers.get((group, consumer))
         if me is None:
@@ -279,6 +284,8 @@ class RedisJournal(LocalJournal):
 
     async def _look_for(self, me: Consumer, limit: int) -> list[Delivery]:
         async with me.reading:
+            if me.decided and not me.committing:
+                await self._writer.settle_decided(me)
             handed = await self._reader.read(me, limit)
         if handed and self._keys.cluster:
             self._writer.clock.observe(max(spot_of(str(each.position)) for each in handed))
@@ -353,6 +360,11 @@ class RedisJournal(LocalJournal):
         """Give kept events, settled or not, the oldest first."""
         self._require_open()
         return await self._views.scan(topics, None if after is None else str(after), limit)
+
+    async def newest(self) -> int | str | None:
+        """Give the place of the newest event."""
+        self._require_open()
+        return await self._views.newest()
 
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:
         """Forget old events that every group of their topic has settled, also plain ones."""

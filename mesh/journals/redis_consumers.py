@@ -9,7 +9,7 @@ import secrets
 from collections import deque
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mesh.journal import MAX_UNSETTLED, Delivery
 from mesh.journals.redis_entries import START, Spot
@@ -135,6 +135,10 @@ class Consumer:
         #: Steps that wait until those before them are applied, and who waits for them.
         self.commits: list[tuple[Sequence[Step], asyncio.Future[set[int]]]] = []
         self.committing = False
+        #: Calls that tell streams what is settled by decision.
+        self.decided: list[Any] = []
+        #: How many of its steps, or tries of them, have changed the state.
+        self.number = 0
 
     # -- owning --------------------------------------------------------------------------------
 

@@ -31,7 +31,8 @@ if call('SADD', KEYS[2], unpack(plan.topics)) > 0 then call('HINCRBY', KEYS[1], 
 """,
 )
 
-#: Join a group, or look again at what is one's own. KEYS: numbers, topics, members, owners.
+#: Join a group, or look again at what is one's own. KEYS: numbers, topics, members, owners,
+#: decisions.
 JOIN = Script(
     "join",
     EVEN_FULL
@@ -93,7 +94,8 @@ end
 if changed or not mine then call('HINCRBY', KEYS[1], 'version', 1) end
 local right = {}
 for partition in pairs(fair) do right[#right + 1] = partition end
-return {0, call('HGET', KEYS[1], 'version'), topics, owned, right, given}
+local version = call('HGET', KEYS[1], 'version')
+return {0, version, topics, owned, right, given, call('HGETALL', KEYS[5])}
 """,
 )
 
@@ -209,5 +211,38 @@ for at, key in ipairs(KEYS) do
   end
 end
 return taken
+""",
+)
+
+#: Let streams know nothing of a group any more.
+DISBAND = Script(
+    "disband",
+    EVEN_FULL
+    + HEAD
+    + """
+for _, key in ipairs(KEYS) do
+  for _, group in ipairs({plan.group, plan.group .. ':settled'}) do
+    pcall('XGROUP', 'DESTROY', key, group)
+  end
+  call('HDEL', key .. ':owners', plan.group, plan.group .. ' step')
+  call('UNLINK', key .. ':done:' .. plan.group)
+end
+""",
+)
+
+#: Give the living consumers of a group; when there are none, remove the other keys. KEYS: members,
+#: what is removed.
+BURY_GROUP = Script(
+    "bury_group",
+    EVEN_FULL
+    + HEAD
+    + MEMBERS
+    + """
+local now, living = now_ms(), {}
+for name, each in pairs(members_of(KEYS[1])) do
+  if each.ends >= now and each.ends <= now + each.lease then living[#living + 1] = name end
+end
+if #living == 0 and #KEYS > 1 then call('UNLINK', unpack(KEYS, 2)) end
+return living
 """,
 )

@@ -113,14 +113,27 @@ class Keys:
         """Give the state of a group."""
         return self.numbers(group) + b":state"
 
+    def steps(self, group: str) -> bytes:
+        """Give the number of each consumer's last step that changed the state."""
+        return self.numbers(group) + b":steps"
+
+    def decisions(self, group: str) -> bytes:
+        """Give what was decided last about each partition, and may not be settled there yet."""
+        return self.numbers(group) + b":decisions"
+
     def membership(self, group: str) -> list[bytes]:
-        """Give all that decides who owns what: numbers, topics, members, owners."""
+        """Give all that decides who owns what: numbers, topics, members, owners, decisions."""
         return [
             self.numbers(group),
             self.topics_of(group),
             self.members(group),
             self.owners(group),
+            self.decisions(group),
         ]
+
+    def all_of(self, group: str) -> list[bytes]:
+        """Give all keys of a group beside its streams."""
+        return [*self.membership(group), self.state(group), self.steps(group)]
 
     def _shared(self, partition: int, name: str) -> bytes:
         return (

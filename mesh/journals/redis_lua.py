@@ -58,9 +58,9 @@ end
 local function lost()
   local found = {}
   for _, fence in ipairs(plan.fences or {}) do
-    if call('HGET', KEYS[fence[1]] .. ':owners', plan.group) ~= fence[2] then
-      found[#found + 1] = fence[1]
-    end
+    local owner = call('HGET', KEYS[fence[1]] .. ':owners', plan.group)
+    -- What is decided already may also be settled while nobody owns the stream
+    if owner ~= fence[2] and (owner or not plan.step) then found[#found + 1] = fence[1] end
   end
   return found
 end
@@ -88,6 +88,28 @@ local function claim(key, ids, ...)
   for _, id in ipairs(ids) do words[#words + 1] = id end
   for _, word in ipairs({...}) do words[#words + 1] = word end
   return pcall('XCLAIM', unpack(words))
+end
+"""
+
+#: For scripts that change the state of a group. A call that a dying connection delivers late, after
+#: the next ones, would change the state back; it is known by its number.
+STATE = """
+local function is_known()
+  if not plan.number then return false end
+  local last = call('HGET', KEYS[plan.steps], plan.consumer) or ''
+  local incarnation, number = string.match(last, '^(%S+) (%d+)$')
+  return incarnation == plan.incarnation and tonumber(number) >= plan.number
+end
+local function note_number()
+  if plan.number then
+    call('HSET', KEYS[plan.steps], plan.consumer, plan.incarnation .. ' ' .. text(plan.number))
+  end
+end
+local function change_state()
+  for _, set in ipairs(plan.sets or {}) do
+    call('HSET', KEYS[plan.state], set[1], ARGV[set[2]])
+  end
+  if plan.unsets then call('HDEL', KEYS[plan.state], unpack(plan.unsets)) end
 end
 """
 

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.errors import BrokerUnavailableError, ClosedError, ConfigurationError
 from mesh.journal import PARTITIONS
+from mesh.journals.local import still_lives
 from mesh.journals.redis_consumers import Lane, name_of
 from mesh.journals.redis_entries import START, spot_of
 from mesh.journals.redis_group_scripts import (
+    BURY_GROUP,
     DECLARE,
+    DISBAND,
     ENROLL,
     EVICT,
     HANDED,
@@ -25,11 +28,12 @@ from mesh.journals.redis_group_scripts import (
     RENEW,
     TAKE,
 )
-from mesh.journals.redis_scripts import RELEASE
+from mesh.journals.redis_scripts import RELEASE, SETTLE
+from mesh.journals.redis_steps import decode_decision
 from mesh.journals.redis_store import log
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     from mesh.journal import Delivery
     from mesh.journals.redis_consumers import Consumer
@@ -122,7 +126,7 @@ class Members:
             )
         if status != 0:
             raise BrokerUnavailableError(f"group {me.group!r} vanished while it was joined")
-        version, names, owned, fair, given = rest
+        version, names, owned, fair, given, decided = rest
         topics = frozenset(name.decode() for name in names)
         tokens = {partition: token.decode() for partition, token in owned}
         self.known.setdefault(me.group, set()).update(topics)
@@ -140,10 +144,19 @@ class Members:
             for partition, token in tokens.items()
             if (topic, partition) not in me.lanes
         }
+        await self._settle_decided(
+            {int(at): plan for at, plan in zip(decided[::2], decided[1::2], strict=True)},
+            {partition for _, partition in missing},
+        )
         await self._take(me, missing)
         me.version, me.surplus = version.decode(), frozenset(tokens) - frozenset(fair)
         me.begin_anew()
         me.stale = len(me.lanes) < len(topics) * len(tokens)
+
+    async def _settle_decided(self, decided: dict[int, bytes], partitions: set[int]) -> None:
+        """Settle what the owner before had decided, and perhaps not settled before it died."""
+        plans = [decode_decision(decided[each]) for each in partitions & decided.keys()]
+        await asyncio.gather(*(self._store.run(SETTLE, keys, plan) for keys, plan in plans))
 
     async def _take(self, me: Consumer, places: dict[Place, str]) -> None:
         by_key = {self._keys.stream(*place): place for place in places}
@@ -202,7 +215,9 @@ class Members:
             by_key[key].topic
             for part, found in zip(parts, replies, strict=True)
             for key, (handed, settled) in zip(part, found, strict=True)
-            if spot_of(handed) < by_key[key].spot or spot_of(settled) < by_key[key].settled_to
+            if spot_of(handed) < by_key[key].spot
+            # What is decided, on a cluster, the streams may not know yet
+            or (spot_of(settled) < by_key[key].settled_to and not me.decided)
         }
         if older:
             log.error(
@@ -221,6 +236,32 @@ class Members:
         names = [self._keys.members(me.group)]
         if not await self._store.run(RENEW, names, self.identity(me)):
             me.stale = True
+
+    async def forget(self, group: str) -> bool:
+        """Remove a group, from its streams first: what fails midway can be done again."""
+        store, keys = self._store, self._keys
+        if not await store.call(keys.groups, "SISMEMBER", keys.groups, group):
+            return False
+        await self._require_dead(group)
+        topics = await store.call(keys.topics, "SMEMBERS", keys.topics)
+        streams = [
+            keys.stream(topic.decode(), partition)
+            for topic in topics
+            for partition in range(PARTITIONS)
+        ]
+        parts = keys.parts(streams)
+        await asyncio.gather(*(store.run(DISBAND, part, {"group": group}) for part in parts))
+        await self._require_dead(group, keys.all_of(group))
+        await store.call(keys.groups, "SREM", keys.groups, group)
+        self.known.pop(group, None)
+        return True
+
+    async def _require_dead(self, group: str, unlinked: Sequence[bytes] = ()) -> None:
+        """Refuse when a consumer lives; else remove some keys of the group in the same moment."""
+        names = [self._keys.members(group), *unlinked]
+        living = await self._store.run(BURY_GROUP, names, {})
+        if living:
+            raise still_lives(group, [name.decode() for name in living])
 
     # -- giving back ---------------------------------------------------------------------------
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from mesh.journals.redis_lua import EVEN_FULL, HEAD, MEMBERS, Script
+from mesh.journals.redis_lua import EVEN_FULL, HEAD, MEMBERS, STATE, Script
 
 _COMMIT = (
     HEAD
+    + STATE
     + """
+if is_known() then return {0, {}} end
+-- A decision stands, whoever settles it; at most once, and before the next owner reads
+local step = plan.step and plan.group .. ' step'
+if step and call('HGET', KEYS[1] .. ':owners', step) == plan.step then return {0, {}} end
 local gone = lost()
 if #gone > 0 then return {1, gone} end
 
@@ -83,10 +88,7 @@ for _, letter in ipairs(plan.letters or {}) do
   call('HSET', KEYS[plan.dead], letter[1], text(number) .. ' ' .. ARGV[letter[3]])
   call('ZADD', KEYS[plan.dead + 1], letter[2], letter[1])
 end
-for _, set in ipairs(plan.sets or {}) do
-  call('HSET', KEYS[plan.state], set[1], ARGV[set[2]])
-end
-if plan.unsets then call('HDEL', KEYS[plan.state], unpack(plan.unsets)) end
+change_state()
 for _, mark in ipairs(plan.marks or {}) do
   call('HSET', KEYS[mark[1]] .. ':done:' .. plan.group, mark[2], '')
 end
@@ -107,6 +109,8 @@ for _, each in ipairs(plan.settled or {}) do
   if is_missing(moved) then return {1, {each[1]}} end
   if moved.err then return moved end
 end
+if step then call('HSET', KEYS[1] .. ':owners', step, plan.step) end
+note_number()
 wake()
 return {0, known, plan.ms and text(now_ms()), plan.ms and call('GET', KEYS[plan.clock])}
 """
@@ -115,6 +119,31 @@ return {0, known, plan.ms and text(now_ms()), plan.ms and call('GET', KEYS[plan.
 COMMIT = Script("commit", _COMMIT)
 #: The same for what settles something.
 SETTLE = Script("settle", EVEN_FULL + _COMMIT)
+
+#: On a cluster: change the state and decide what is settled, where both and the owners of the group
+#: lie. The streams learn of it later, if need be from the heir.
+DECIDE = Script(
+    "decide",
+    EVEN_FULL
+    + HEAD
+    + STATE
+    + """
+if is_known() then return {0, {}} end
+local gone = {}
+for _, each in ipairs(plan.decided) do
+  if call('HGET', KEYS[plan.owners], each[1]) ~= each[2] .. ' ' .. plan.consumer then
+    gone[#gone + 1] = each[1]
+  end
+end
+if #gone > 0 then return {1, gone} end
+change_state()
+for _, each in ipairs(plan.decided) do
+  call('HSET', KEYS[plan.decisions], each[1], ARGV[each[3]])
+end
+note_number()
+return {0, {}}
+""",
+)
 
 #: Hand events out: the stream says so before anybody gets them.
 MARK = Script(

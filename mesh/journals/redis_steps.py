@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from mesh.journals.redis_consumers import name_of
 
@@ -12,6 +14,10 @@ if TYPE_CHECKING:
     from mesh.journal import Record, Step
     from mesh.journals.redis_consumers import Consumer, Lane, Name
     from mesh.journals.redis_entries import Spot
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(tuple[list[bytes], dict[str, Any]]).decode
 
 
 @dataclass(slots=True)
@@ -24,6 +30,16 @@ class LaneSteps:
     acks: list[str] = field(default_factory=list)
     marks: list[str] = field(default_factory=list)
     unmarks: list[str] = field(default_factory=list)
+
+
+def encode_decision(keys: list[bytes], plan: dict[str, Any]) -> bytes:
+    """Keep the call that settles a partition, for whoever has to make it."""
+    return _encode((keys, plan))
+
+
+def decode_decision(decision: bytes) -> tuple[list[bytes], dict[str, Any]]:
+    """Give the call back."""
+    return _decode(decision)
 
 
 class Settlement:
@@ -87,8 +103,22 @@ class Settlement:
                 overtaken.append(position)
         return overtaken
 
+    def positions(self) -> dict[tuple[str, int], list[str]]:
+        """Give all that is settled, by topic and partition."""
+        found: dict[tuple[str, int], list[str]] = {}
+        for (topic, partition, position), _ in self._settled:
+            found.setdefault((topic, partition), []).append(position)
+        return found
+
+    def number(self) -> dict[str, Any]:
+        """Give what tells this change of the state from all others of its consumer."""
+        if self.me is None:
+            return {}
+        self.me.number += 1
+        return {"number": self.me.number, "incarnation": self.me.incarnation}
+
     def undo(self) -> None:
-        """Hold everything again."""
+        """Hold everything again, unless it is settled."""
         if self.me is None:
             return
         for name, count in self._settled:
@@ -109,6 +139,7 @@ class Settlement:
             if steps.reached is not None:
                 lane.settled_to = steps.reached[0]
         self.me.settled(name for name, _ in self._settled)
+        self.lanes, self._settled, self._known = {}, [], []
 
     def _ack(self, me: Consumer, name: Name) -> None:
         count = me.settling[name] = me.held.pop(name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.deadletters import decode_letter
 from mesh.journal import PARTITIONS, GroupView, Stored
 from mesh.journals.local import count_letters
-from mesh.journals.redis_entries import position_of, read_entries, spot_of
+from mesh.journals.redis_entries import START, position_of, read_entries, spot_of
 from mesh.journals.redis_scripts import COUNT, EXHUME, TRIM
 
 if TYPE_CHECKING:
@@ -98,8 +98,9 @@ class Views:
         found: list[Stored] = []
         while heads and len(found) < limit:
             (at, place), entry, walk = heads[0]
-            where = f"{entry.position}/{place[0]}:{place[1]}"
-            found.append(Stored(where, entry.topic, entry.id, entry.frame, at[0] / 1000))
+            found.append(
+                Stored(_where(at, place), entry.topic, entry.id, entry.frame, at[0] / 1000)
+            )
             following = await anext(walk, None)
             if following is None:
                 heapq.heappop(heads)
@@ -108,6 +109,18 @@ class Views:
         for walk in walks:
             await walk.aclose()
         return found
+
+    async def newest(self) -> str | None:
+        """Give the place of the last event of all streams."""
+        topics = await self._members(self._keys.topics)
+        places = [(topic, partition) for topic in topics for partition in range(PARTITIONS)]
+        last = max(await asyncio.gather(*map(self._last, places)), default=None)
+        return None if last is None or last[0] == START else _where(*last)
+
+    async def _last(self, place: Place) -> tuple[Spot, Place]:
+        key = self._keys.stream(*place)
+        found = await self._store.call(key, "XREVRANGE", key, "+", "-", "COUNT", 1)
+        return (spot_of(found[0][0]) if found else START), place
 
     async def _walk(
         self, place: Place, start: str, page: int
@@ -231,6 +244,11 @@ class Views:
             for _, letter in sorted(page, key=lambda each: (-each[1].at_s, -each[0])):
                 yield letter
             first += _LETTERS
+
+
+def _where(spot: Spot, place: Place) -> str:
+    """Name a place of the history over all streams."""
+    return f"{position_of(spot)}/{place[0]}:{place[1]}"
 
 
 def _place_of(stream: str) -> Place:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from mesh.deadletters import encode_letter
@@ -10,8 +11,8 @@ from mesh.errors import BrokerUnavailableError
 from mesh.journal import PARTITIONS
 from mesh.journals.redis_clock import ClusterClock
 from mesh.journals.redis_entries import spot_of
-from mesh.journals.redis_scripts import COMMIT, SETTLE
-from mesh.journals.redis_steps import Settlement
+from mesh.journals.redis_scripts import COMMIT, DECIDE, SETTLE
+from mesh.journals.redis_steps import Settlement, encode_decision
 from mesh.journals.redis_store import RenewedError
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class Writer:
         self._plan_lanes(changes, group, settlement, settlement.lanes)
         self._plan_records(changes, settlement.records)
         self._plan_letters(changes, settlement.letters)
-        self._plan_state(changes, group, settlement.state)
+        self._plan_state(changes, group, settlement)
         return _lost(changes, await self._run(changes, settlement.me), settlement.lanes)
 
     async def _keep(self, records: Sequence[Record]) -> int:
@@ -205,6 +206,8 @@ class Writer:
     # -- on a cluster: outputs first, acks last ------------------------------------------------
 
     async def _settle_in_parts(self, group: str, settlement: Settlement) -> list[Lane]:
+        if settlement.me is not None:
+            await self.settle_decided(settlement.me)
         lost = await self._on_lanes(group, settlement, fences_only=True)
         if lost:
             return lost
@@ -213,26 +216,91 @@ class Writer:
         changes = _Changes()
         self._plan_letters(changes, settlement.letters)
         await self._run(changes)
+        if settlement.state and settlement.me is not None:
+            return await self._decide(group, settlement, settlement.me)
         changes = _Changes()
-        self._plan_state(changes, group, settlement.state)
+        self._plan_state(changes, group, settlement)
         await self._run(changes)
-        return await self._on_lanes(group, settlement, fences_only=False)
+        return await self._on_lanes(group, settlement)
+
+    async def _decide(self, group: str, settlement: Settlement, me: Consumer) -> list[Lane]:
+        """
+        Change the state and decide, in one script, what is settled; then settle it.
+
+        A consumer that dies between the two has settled all the same: its heir finds the decision,
+        and settles before it reads.
+        """
+        parts = self._plan_parts(group, settlement, decided=True)
+        changes = _Changes()
+        self._plan_state(changes, group, settlement)
+        owners, decisions = self._keys.owners(group), self._keys.decisions(group)
+        changes.plan |= {
+            "consumer": settlement.consumer,
+            "owners": changes.number(owners),
+            "decisions": changes.number(decisions),
+        }
+        decided = []
+        for lanes, part in parts:
+            step = f"{changes.plan['incarnation']} {changes.plan['number']}"
+            part.plan["step"] = step
+            decision = changes.blob(encode_decision(part.keys, part.plan))
+            decided.append((str(lanes[0].partition), lanes[0].token, decision))
+        changes.plan["decided"] = decided
+        status, gone = await self._store.run(DECIDE, changes.keys, changes.plan, changes.blobs)
+        if status:
+            lost = {int(partition) for partition in gone}
+            return [lane for lane in settlement.lanes if lane.partition in lost]
+        settlement.settle()
+        me.decided = [part for _, part in parts]
+        with contextlib.suppress(BrokerUnavailableError):
+            await self.settle_decided(me)
+        return []
+
+    async def settle_decided(self, me: Consumer) -> None:
+        """
+        Let the streams know what was decided and could not be told them yet.
+
+        Raises:
+            BrokerUnavailableError: They do not answer; nothing is lost.
+        """
+        if me.decided:
+            await asyncio.gather(*map(self._run, me.decided))
+            me.decided = []
 
     async def _on_lanes(
-        self, group: str, settlement: Settlement, *, fences_only: bool
+        self, group: str, settlement: Settlement, *, fences_only: bool = False
     ) -> list[Lane]:
-        by_key = {lane.key: lane for lane in settlement.lanes}
-        calls, all_changes = [], []
-        for part in self._keys.parts(by_key):
-            changes = _Changes()
-            lanes = [by_key[key] for key in part]
-            self._plan_lanes(changes, group, settlement, lanes, fences_only=fences_only)
-            all_changes.append(changes)
-            calls.append(self._run(changes, settlement.me))
+        parts = self._plan_parts(group, settlement, fences_only=fences_only)
+        replies = await asyncio.gather(*(self._run(changes, settlement.me) for _, changes in parts))
         lost: list[Lane] = []
-        for changes, reply in zip(all_changes, await asyncio.gather(*calls), strict=True):
+        for (_, changes), reply in zip(parts, replies, strict=True):
             lost += _lost(changes, reply, settlement.lanes)
         return lost
+
+    def _plan_parts(
+        self,
+        group: str,
+        settlement: Settlement,
+        *,
+        fences_only: bool = False,
+        decided: bool = False,
+    ) -> list[tuple[list[Lane], _Changes]]:
+        """Plan what is settled of each partition."""
+        by_key = {lane.key: lane for lane in settlement.lanes}
+        parts = []
+        for keys in self._keys.parts(by_key):
+            changes, lanes = _Changes(), [by_key[key] for key in keys]
+            self._plan_lanes(changes, group, settlement, lanes, fences_only=fences_only)
+            if decided:
+                # Its owner may have given back, before it died, what was decided
+                positions = settlement.positions()
+                changes.plan["acks"] = [
+                    (changes.number(lane.key), found)
+                    for lane in lanes
+                    if (found := positions.get((lane.topic, lane.partition)))
+                ]
+            parts.append((lanes, changes))
+        return parts
 
     # -- plans ---------------------------------------------------------------------------------
 
@@ -282,7 +350,8 @@ class Writer:
             changes.plan["letters"] = planned
             changes.plan["dead"] = changes.number(*self._keys.dead)
 
-    def _plan_state(self, changes: _Changes, group: str, state: dict[str, bytes | None]) -> None:
+    def _plan_state(self, changes: _Changes, group: str, settlement: Settlement) -> None:
+        state = settlement.state
         sets = [(name, changes.blob(value)) for name, value in state.items() if value is not None]
         unsets = [name for name, value in state.items() if value is None]
         if sets:
@@ -291,6 +360,9 @@ class Writer:
             changes.plan["unsets"] = unsets
         if state:
             changes.plan["state"] = changes.number(self._keys.state(group))
+            changes.plan["steps"] = changes.number(self._keys.steps(group))
+            changes.plan |= settlement.number()
+            changes.plan["consumer"] = settlement.consumer
 
     def _plan_lanes(
         self,

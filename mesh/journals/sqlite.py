@@ -185,6 +185,11 @@ class SQLiteJournal(LocalJournal):
         """Do the same, unless the consumer is of another process by now."""
         await self._do(lambda tx: membership.free(tx, group, consumer, pid))
 
+    async def forget(self, group: str) -> bool:
+        """Forget a group without consumers."""
+        known: bool = await self._do(lambda tx: membership.forget(tx, group, self._lease_ms))
+        return known
+
     async def load_state(self, group: str) -> dict[str, bytes]:
         """Give the state of a group."""
         state: dict[str, bytes] = await self._ask(

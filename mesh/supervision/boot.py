@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mesh.account import account
 from mesh.errors import AlreadyRunningError, ConfigurationError, MeshError
-from mesh.ledger import read_ledgers, retire
+from mesh.ledger_views import read_ledgers, retire
 from mesh.replicas import group_of, replica_names
 from mesh.supervision.conf import (
     INFRASTRUCTURE,

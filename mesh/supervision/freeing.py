@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING, Self
 
 from mesh.beats import LOOK
 from mesh.card import read_card, read_cards
-from mesh.config import MessageBusConfig
-from mesh.errors import ConfigurationError
-from mesh.factory import make_broker
 from mesh.journal import LEASE_S
 from mesh.process import is_running
 from mesh.replicas import group_of
@@ -26,8 +23,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from mesh.card import Card
-    from mesh.journal import Journal
     from mesh.rundir import RunDir
+    from mesh.supervision.door import JournalDoor
     from mesh.supervision.supervisord import ProcessInfo
 
 _log = logging.getLogger("mesh.monitor")
@@ -43,6 +40,7 @@ class Freer:
 
     Args:
         rundir: The mesh's directory.
+        door: To its journal.
         tell: Says a word to a living agent.
         on_death: Called when a process has died.
     """
@@ -50,18 +48,19 @@ class Freer:
     def __init__(
         self,
         rundir: RunDir,
+        door: JournalDoor,
         tell: Callable[[str, bytes], None],
         on_death: Callable[[], None],
     ) -> None:
         """Watch nobody yet."""
         self._rundir = rundir
+        self._door = door
         self._tell = tell
         self._on_death = on_death
         #: Watched processes by pid: name and pidfd.
         self._watched: dict[int, tuple[str, int]] = {}
         self._programs: frozenset[str] = frozenset()
         self._dead: asyncio.Queue[tuple[str, str, int]] = asyncio.Queue(_MAX_DEAD)
-        self._journal: Journal | None = None
         self._complained = False
         self._task: asyncio.Task[None] | None = None
 
@@ -85,7 +84,6 @@ class Freer:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._close_journal()
 
     def watch(self, programs: Iterable[ProcessInfo]) -> None:
         """Watch the processes that supervisord keeps."""
@@ -138,19 +136,8 @@ class Freer:
 
     async def _free(self, group: str, name: str, pid: int) -> bool:
         """Free one; False when the journal is away."""
-        try:
-            if self._journal is None:
-                broker = make_broker(MessageBusConfig.from_env(), self._rundir.path)
-                self._journal = broker.make_journal()
-                await self._journal.connect()
-            await self._journal.free_process(group, name, pid)
-        except Exception as error:  # noqa: BLE001 - whatever it is, agents must be watched
-            self._complain(f"the journal is away, a lease may have to end: {error}")
-            await self._close_journal()
-            return isinstance(error, (ConfigurationError, NotImplementedError))
-        if self._complained:
-            self._complained = False
-            _log.warning("the journal is back")
+        if not await self._door.use(lambda journal: journal.free_process(group, name, pid)):
+            return False
         _log.info("what %s (pid %d) held in the journal is free", name, pid)
         for other in self._programs:
             if group_of(other) == group:
@@ -161,11 +148,3 @@ class Freer:
         if not self._complained:
             self._complained = True
             _log.warning("%s (said once)", words)
-
-    async def _close_journal(self) -> None:
-        journal, self._journal = self._journal, None
-        if journal is not None:
-            try:
-                await journal.close()
-            except Exception as error:  # noqa: BLE001 - it was broken already
-                _log.debug("the journal did not close: %s", error)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from mesh import process
 from mesh.beats import roster_word
+from mesh.config import MessageBusConfig
 from mesh.env import is_supervised
 from mesh.errors import (
     EXIT_BUG,
@@ -29,12 +30,14 @@ from mesh.errors import (
     AlreadyRunningError,
     ConfigurationError,
 )
-from mesh.ledger import STATES, Ledger, read_ledger
+from mesh.ledger import STATES, Ledger
+from mesh.ledger_views import read_ledger
 from mesh.logs import set_up_logging
 from mesh.rosters import read_rosters, write_rosters
 from mesh.rundir import RunDir
 from mesh.supervision import kernel
 from mesh.supervision.beats import Beat, BeatListener
+from mesh.supervision.door import JournalDoor
 from mesh.supervision.freeing import Freer
 from mesh.supervision.gate import is_open
 from mesh.supervision.liveness import (
@@ -54,6 +57,7 @@ from mesh.supervision.supervisord import (
     SupervisorError,
     SupervisorUnavailableError,
 )
+from mesh.supervision.trimming import Trimmer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,6 +79,7 @@ class Monitor:
         supervisor: The door to its supervisord.
         ledger: The monitor's own counters.
         config: The limits.
+        settings: The mesh's; default: the environment's.
     """
 
     def __init__(
@@ -83,12 +88,14 @@ class Monitor:
         supervisor: SupervisorClient,
         ledger: Ledger,
         config: LivenessConfig | None = None,
+        settings: MessageBusConfig | None = None,
     ) -> None:
         """Know nothing yet."""
         self._rundir = rundir
         self._supervisor = supervisor
         self._ledger = ledger
         self._config = config or LivenessConfig()
+        self._settings = settings or MessageBusConfig.from_env()
         probe = Probe(
             process_state=kernel.process_state,
             waited_s=kernel.waited_s,
@@ -108,16 +115,23 @@ class Monitor:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Watch until told to stop."""
+        door = JournalDoor(self._rundir)
         async with (
+            contextlib.aclosing(door),
             BeatListener(self._rundir, self._hear) as self._listener,
-            Freer(self._rundir, self._listener.tell, self._nudge.set) as self._freer,
+            Freer(self._rundir, door, self._listener.tell, self._nudge.set) as self._freer,
         ):
             self._ledger.set("ready_at_us", time.time_ns() // 1000)
             self._ledger.set("state", STATES.index("ready"))
             async with asyncio.TaskGroup() as tasks:
-                watching = tasks.create_task(self._watch(tasks), name="watch")
+                trimmer = Trimmer(self._rundir, door, self._settings)
+                endless = [
+                    tasks.create_task(self._watch(tasks), name="watch"),
+                    tasks.create_task(trimmer.run(), name="trim"),
+                ]
                 await stop.wait()
-                watching.cancel()
+                for task in endless:
+                    task.cancel()
 
     def _hear(self, beat: Beat) -> bool:
         before = self._vitals.beat_of(beat.name, beat.pid)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from mesh.beats import Beat
-    from mesh.ledger import LedgerView
+    from mesh.ledger_views import LedgerView
     from mesh.supervision.liveness import LivenessConfig
     from mesh.supervision.supervisord import ProcessInfo
 

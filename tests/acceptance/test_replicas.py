@@ -16,7 +16,7 @@ import pytest
 from mesh import EventPublisher, PublisherConfig, event_type
 from mesh.brokers.redis import RedisMessageBroker
 from mesh.brokers.zeromq import ZeroMQMessageBroker
-from mesh.ledger import read_ledgers
+from mesh.ledger_views import read_ledgers
 from tests.plumbing.processes import MESH, ROOT, Finished, eventually, run_mesh, running
 
 if TYPE_CHECKING:

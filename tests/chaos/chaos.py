@@ -163,17 +163,26 @@ async def _main(options: argparse.Namespace, folder: Path) -> int:
 async def _pipeline(options: argparse.Namespace, folder: Path) -> int:
     copy_pipeline(folder)
     csv, seed = options.pipeline.absolute(), options.seed
-    outcomes = {
-        "signals durable, risk, execution and portfolio killed": await storm(
-            folder, RunDir(folder / "a"), csv, seed=seed, times=20
-        ),
-        "all durable, anybody killed": await storm(
-            folder, RunDir(folder / "b"), csv, seed=seed, times=20, everything=True
-        ),
-        "all durable, supervisord killed as well": await storm_over_supervisord(
-            folder, RunDir(folder / "c"), csv, seed=seed, times=3
-        ),
-    }
+    fabric = Fabric(options.fabric)
+    try:
+        settings = await fabric.start()
+
+        def run(name: str) -> tuple[Path, RunDir, Path, dict[str, str]]:
+            return folder, RunDir(folder / name), csv, {**settings, "LEGION_MESH_NAME": name}
+
+        outcomes = {
+            "signals durable, risk, execution and portfolio killed": await storm(
+                *run("a"), seed=seed, times=20
+            ),
+            "all durable, anybody killed": await storm(
+                *run("b"), seed=seed, times=20, everything=True
+            ),
+            "all durable, supervisord killed as well": await storm_over_supervisord(
+                *run("c"), seed=seed, times=3
+            ),
+        }
+    finally:
+        fabric.close()
     if options.json:
         told = {name: outcome.to_dict() for name, outcome in outcomes.items()}
         sys.stdout.write(json.dumps(told, indent=2) + "\n")
@@ -191,7 +200,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1.0, help="how long sources speak")
     parser.add_argument("--events", type=int, help="how many orders (default: 400 a second)")
     parser.add_argument(
-        "--pipeline", type=Path, metavar="CSV", help="kill the example pipeline instead, on zmq"
+        "--pipeline", type=Path, metavar="CSV", help="kill the example pipeline instead"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--keep", action="store_true", help="leave the run directory of a failure")

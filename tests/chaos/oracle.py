@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mesh.journal import Journal
-    from mesh.ledger import LedgerView
+    from mesh.ledger_views import LedgerView
 
 _PAGE = 5000
 _SHOWN = 5

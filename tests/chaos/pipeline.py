@@ -2,9 +2,9 @@
 The example pipeline under fire: however often its agents are killed, the fills are the same to the
 byte as those of an undisturbed run in one process.
 
-``scripts/chaos --pipeline bars.csv`` does it in three ways: it kills those who handle signals, that
-are durable; with all types durable it kills anybody; and it kills supervisord as well, and brings
-the mesh up again on the same journal.
+``scripts/chaos --pipeline bars.csv --fabric redis`` does it in three ways: it kills those behind
+the signals, that are durable; with all types durable it kills anybody; and it kills supervisord
+too, and brings the mesh up again on the same journal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.card import read_cards
 from mesh.config import MessageBusConfig
 from mesh.factory import make_broker
-from mesh.ledger import read_ledgers
+from mesh.ledger_views import read_ledgers
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester
 from mesh.supervision import boot
@@ -30,7 +30,7 @@ from mesh.supervision.supervisord import SupervisorClient, SupervisorError
 from tests.plumbing.processes import MESH, ROOT, environment, running
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from mesh.rundir import RunDir
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 #: Those behind the first durable type.
 MONEY = ("risk", "execution", "portfolio")
 ALL = ("market_data", "features", "signals", *MONEY, "forwarder", "monitor")
+ON_ZEROMQ = {"LEGION_BROKER_TYPE": "zmq"}
 REPORT_REQUESTED = "portfolio.report.requested"
 _LOOK_S = 0.05
 #: Nervous: a fill every few rows.
@@ -78,6 +79,7 @@ async def storm(
     project: Path,
     rundir: RunDir,
     csv: Path,
+    fabric: Mapping[str, str] = ON_ZEROMQ,
     *,
     seed: int,
     times: int,
@@ -91,13 +93,15 @@ async def storm(
         project: With supervisord.conf and agents/.
         rundir: Of the run with kills.
         csv: Its input.
+        fabric: The settings of what joins its processes.
         seed: Decides who is killed.
         times: How many kills.
         speed: As for `mesh run`.
         everything: All types are durable, and anybody is killed.
     """
     calm = await calm_run(project, csv)
-    settings = environment(MESH_DIR=str(rundir.path), **(_ALL_DURABLE if everything else {}))
+    durable = _ALL_DURABLE if everything else {}
+    settings = environment(MESH_DIR=str(rundir.path), **fabric, **durable)
     words = (*_words(csv), "--speed", speed)
     async with running(MESH, *words, env=settings, cwd=project, stop_within_s=60) as run:
         said = asyncio.create_task(run.communicate(), name="mesh-run")
@@ -114,7 +118,13 @@ async def storm(
 
 
 async def storm_over_supervisord(
-    project: Path, rundir: RunDir, csv: Path, *, seed: int, times: int
+    project: Path,
+    rundir: RunDir,
+    csv: Path,
+    fabric: Mapping[str, str] = ON_ZEROMQ,
+    *,
+    seed: int,
+    times: int,
 ) -> Outcome:
     """
     Run the pipeline as `mesh up`, with every type durable, and kill supervisord too.
@@ -123,17 +133,25 @@ async def storm_over_supervisord(
         project: With supervisord.conf and agents/.
         rundir: Of the run with kills.
         csv: Its input.
+        fabric: The settings of what joins its processes.
         seed: Decides who is killed.
         times: How often supervisord is killed.
     """
     calm = await calm_run(project, csv)
     params = {**_PARAMS, "csv": str(csv), "speed": "max"}
     killer = Killer(rundir, seed, ALL)
-    journal = make_broker(MessageBusConfig(), rundir.path).make_journal()
+    config = MessageBusConfig.from_env(fabric)
+    journal = make_broker(config, rundir.path).make_journal()
     rundir.ensure()
     try:
         for life in range(times + 1):
-            pid = await boot.up(project, rundir, params=params, environment=_ALL_DURABLE)
+            pid = await boot.up(
+                project,
+                rundir,
+                params=params,
+                broker_type=config.broker_type,
+                environment={**fabric, **_ALL_DURABLE},
+            )
             if life == 0:
                 await journal.connect()
             states = await boot.wait_ready(rundir)
@@ -144,7 +162,7 @@ async def storm_over_supervisord(
                 os.kill(pid, signal.SIGKILL)
                 await asyncio.to_thread(os.waitpid, pid, 0)
         await _quiet(rundir, journal)
-        account = await _ask(rundir)
+        account = await _ask(rundir, config)
         await boot.down(rundir)
         with contextlib.suppress(ChildProcessError):
             await asyncio.to_thread(os.waitpid, pid, 0)
@@ -225,10 +243,10 @@ async def _quiet(rundir: RunDir, journal: Any, still_s: float = 45.0) -> None:
         await asyncio.sleep(_LOOK_S)
 
 
-async def _ask(rundir: RunDir) -> dict[str, Any]:
+async def _ask(rundir: RunDir, config: MessageBusConfig) -> dict[str, Any]:
     """Ask the portfolio for its account."""
     assert any(REPORT_REQUESTED in card.hears for card in read_cards(rundir).values())
-    async with make_broker(MessageBusConfig(), rundir.path) as broker:
+    async with make_broker(config, rundir.path) as broker:
         publisher = EventPublisher(PublisherConfig(agent_name="asker", broker=broker))
         requester = Requester(broker, publisher)
         try:

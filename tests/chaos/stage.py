@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from mesh.config import MessageBusConfig
 from mesh.factory import make_broker
-from mesh.ledger import LedgerView, read_ledgers
+from mesh.ledger_views import LedgerView, read_ledgers
 from mesh.supervision import boot
 from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient, SupervisorError

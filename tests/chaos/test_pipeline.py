@@ -9,12 +9,14 @@ import pytest
 
 from agents.market_data import synthetic
 from mesh.rundir import RunDir
-from tests.chaos.pipeline import storm, storm_over_supervisord
+from tests.chaos.pipeline import ON_ZEROMQ, storm, storm_over_supervisord
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.fault, pytest.mark.timeout(240)]
+
+on_a_cluster = [pytest.mark.redis, pytest.mark.redis_cluster]
 
 _ROWS = 3000
 #: Bars of a minute in 15 seconds: time enough to be killed again and again.
@@ -33,15 +35,36 @@ def bars(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("everything", [False, True], ids=["signals durable", "all durable"])
+@pytest.mark.parametrize(
+    ("fabric", "everything"),
+    [
+        pytest.param("zmq", False, id="zmq, signals durable"),
+        pytest.param("zmq", True, id="zmq, all durable"),
+        pytest.param("cluster", False, id="cluster, signals durable", marks=on_a_cluster),
+    ],
+)
 async def test_kills_do_not_change_the_fills(
-    project: Path, own_mesh_dir: Path, bars: Path, everything: bool
+    request: pytest.FixtureRequest,
+    project: Path,
+    own_mesh_dir: Path,
+    bars: Path,
+    fabric: str,
+    everything: bool,
 ) -> None:
     """Where all is durable anybody is killed, else those behind the signals."""
+    settings = ON_ZEROMQ
+    if fabric == "cluster":
+        port = request.getfixturevalue("redis_cluster").ports[0]
+        settings = {
+            "LEGION_BROKER_TYPE": "redis",
+            "REDIS_URL": f"redis://127.0.0.1:{port}",
+            "LEGION_REDIS_CLUSTER": "true",
+        }
     outcome = await storm(
         project,
         RunDir(own_mesh_dir),
         bars,
+        settings,
         seed=5,
         times=20,
         speed=_SPEED,

@@ -34,6 +34,21 @@ def test_status_is_well(mesh: Path) -> None:
     assert "all is well" in told.out
 
 
+def test_status_tells_what_travels_live_against_its_declaration(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEGION_ALLOW_DOWNGRADE", "order.executed,market.data.received")
+    run_mesh("up", "-d", "--param", "speed=40", cwd=project)
+    monkeypatch.delenv("LEGION_ALLOW_DOWNGRADE")
+    told = run_mesh("status", cwd=project)
+    facts = json.loads(run_mesh("status", "--json", cwd=project).out)
+    run_mesh("down", cwd=project)
+
+    assert "live by LEGION_ALLOW_DOWNGRADE (can be lost): order.executed" in told.out
+    # A live type is no downgraded one
+    assert facts["downgraded"] == ["order.executed"]
+
+
 def test_tail_ends_after_the_count(mesh: Path) -> None:
     heard = run_mesh("tail", "market.data.received", "--json", "-n", "3", cwd=mesh)
 

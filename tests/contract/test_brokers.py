@@ -12,7 +12,7 @@ import pytest
 from mesh.brokers.memory import InMemoryMessageBroker
 from mesh.brokers.redis import RedisMessageBroker
 from mesh.brokers.zeromq import ZeroMQMessageBroker
-from mesh.errors import ClosedError, NotConnectedError, TopicError
+from mesh.errors import ClosedError, HandlerSignatureError, NotConnectedError, TopicError
 from tests.plumbing.processes import end_forwarder, eventually
 
 if TYPE_CHECKING:
@@ -192,6 +192,13 @@ async def test_bad_topics_are_refused(pair: Pair) -> None:
     for name in ("", "a b", "a\0b", "a\nb", "x" * 129, "é"):
         with pytest.raises(TopicError):
             await into.attach([name], Ear())
+
+
+async def test_a_handler_that_is_no_coroutine_function_is_refused_at_once(pair: Pair) -> None:
+    def handler(message: dict[str, object]) -> None: ...
+
+    with pytest.raises(HandlerSignatureError, match=r"'market_data'.*async def"):
+        await pair[0].subscribe("market_data", handler)  # type: ignore[arg-type]
 
 
 async def test_a_closed_broker_says_so(pair: Pair) -> None:

@@ -1056,3 +1056,49 @@ async def test_erasing_leaves_nothing_behind(fabric: JournalFabric) -> None:
     await journal.declare("risk", ["order"])
     await journal.append(records("d", "e"))
     assert len(await journal.read("risk", "one", wait_s=5)) == 2
+
+
+# -- forgetting a group --------------------------------------------------------------------------
+
+
+async def test_a_group_that_is_gone_for_good_is_forgotten_with_all_it_owed(
+    fabric: JournalFabric, journal: Journal
+) -> None:
+    await journal.declare("audit", ["order"])
+    await journal.append(numbered(20))
+    held = await journal.read("risk", "risk", limit=7)
+    step = Step(acks=[held[3]], done=[(held[4], "check")], state={"position": b"7"})
+    await journal.commit("risk", "risk", [step])
+    await journal.leave("risk", "risk")
+    await drain(journal, "audit", "audit")
+    assert await journal.trim(max_age_s=-1) < 20
+
+    assert await journal.forget("risk") is True
+    assert await journal.forget("risk") is False
+    assert {view.group for view in await journal.groups()} == {"audit"}
+    assert await journal.load_state("risk") == {}
+    await journal.trim(max_age_s=-1)
+    assert await journal.scan() == []
+
+    # Who comes back under its name is new
+    other = await fabric.open()
+    await other.declare("risk", ["order"])
+    await journal.append(records("new"))
+    assert ids(await drain(other, "risk", "risk")) == ["new"]
+    assert ids(await drain(journal, "audit", "audit")) == ["new"]
+
+
+async def test_a_group_that_lives_is_not_forgotten(fabric: JournalFabric, journal: Journal) -> None:
+    other = await fabric.open()
+    await journal.append(numbered(3))
+    held = await journal.read("risk", "risk@2")
+    with pytest.raises(ConfigurationError, match=r"'risk' cannot be forgotten while .*: risk@2"):
+        await other.forget("risk")
+
+    assert await settle(journal, "risk", "risk@2", held) == []
+    await fabric.let_leases_end()
+    assert await other.forget("risk") is True
+
+
+async def test_a_group_that_was_never_there_cannot_be_forgotten(journal: Journal) -> None:
+    assert await journal.forget("nobody") is False

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self
 
 from mesh import EventPublisher, PublisherConfig, ZeroMQMessageBroker
 from mesh.codec import MAX_FRAME_BYTES
-from mesh.ledger import In, LedgerView, read_ledger
+from mesh.ledger_views import In, LedgerView, read_ledger
 from mesh.rundir import RunDir
 from mesh.supervision import boot
 from mesh.supervision.supervisord import SupervisorClient

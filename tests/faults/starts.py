@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mesh.ledger import LedgerView, read_ledger
+from mesh.ledger_views import LedgerView, read_ledger
 from mesh.rundir import RunDir
 from tests.faults.account import Account
 from tests.faults.mouth import SAID

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh.beats import Beat
-from mesh.ledger import STATES, Ledger, LedgerView, view_of
+from mesh.ledger import STATES, Ledger
+from mesh.ledger_views import LedgerView, view_of
 from mesh.supervision import kernel
 from mesh.supervision.liveness import LivenessConfig
 from mesh.supervision.sightings import Probe, Sightings

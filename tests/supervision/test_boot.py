@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh.errors import AlreadyRunningError
-from mesh.ledger import read_ledger
+from mesh.ledger_views import read_ledger
 from mesh.rundir import RunDir
 from mesh.supervision import boot, leftovers
 from mesh.supervision.supervisord import SupervisorClient, SupervisorUnavailableError

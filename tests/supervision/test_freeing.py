@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -13,12 +14,14 @@ from mesh.beats import LOOK
 from mesh.card import Card, write_card
 from mesh.journals.sqlite import SQLiteJournal
 from mesh.rundir import RunDir
+from mesh.supervision.door import JournalDoor
 from mesh.supervision.freeing import Freer
 from mesh.supervision.supervisord import ProcessInfo
 from tests.plumbing.journals import records
 from tests.plumbing.processes import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 HOLD = """
@@ -40,6 +43,12 @@ asyncio.run(main())
 @pytest.fixture
 def home(rundir: Path) -> RunDir:
     return RunDir(rundir).ensure()
+
+
+@pytest.fixture
+async def door(home: RunDir) -> AsyncIterator[JournalDoor]:
+    async with contextlib.aclosing(JournalDoor(home)) as made:
+        yield made
 
 
 def info(name: str, pid: int) -> ProcessInfo:
@@ -70,13 +79,15 @@ async def process(*words: str) -> asyncio.subprocess.Process:
     )
 
 
-async def test_what_a_killed_process_held_is_another_ones_in_a_moment(home: RunDir) -> None:
+async def test_what_a_killed_process_held_is_another_ones_in_a_moment(
+    home: RunDir, door: JournalDoor
+) -> None:
     """The others are told to look, the dead one's successor included."""
     told: list[tuple[str, bytes]] = []
     deaths: list[bool] = []
     async with (
         SQLiteJournal(home.journal()) as journal,
-        Freer(home, lambda *word: told.append(word), lambda: deaths.append(True)) as freer,
+        Freer(home, door, lambda *word: told.append(word), lambda: deaths.append(True)) as freer,
     ):
         await journal.declare("risk", ["order"])
         await journal.append(records("a"))
@@ -98,11 +109,11 @@ async def test_what_a_killed_process_held_is_another_ones_in_a_moment(home: RunD
 
 
 async def test_a_journal_that_is_away_is_told_once_and_holds_nobody_up(
-    home: RunDir, caplog: pytest.LogCaptureFixture
+    home: RunDir, door: JournalDoor, caplog: pytest.LogCaptureFixture
 ) -> None:
     home.journal().write_text("no database")
     deaths: list[bool] = []
-    async with Freer(home, lambda *_: None, lambda: deaths.append(True)) as freer:
+    async with Freer(home, door, lambda *_: None, lambda: deaths.append(True)) as freer:
         for number in range(3):
             gone = await process("-c", "pass")
             tell_of(home, f"risk@{number}", gone.pid)
@@ -114,10 +125,10 @@ async def test_a_journal_that_is_away_is_told_once_and_holds_nobody_up(
     assert caplog.text.count("the journal is away") == 1
 
 
-async def test_who_ended_well_needs_nobody(home: RunDir) -> None:
+async def test_who_ended_well_needs_nobody(home: RunDir, door: JournalDoor) -> None:
     gone = await process("-c", "pass")
     deaths: list[bool] = []
-    async with Freer(home, lambda *_: None, lambda: deaths.append(True)) as freer:
+    async with Freer(home, door, lambda *_: None, lambda: deaths.append(True)) as freer:
         tell_of(home, "risk", gone.pid, state="stopped")
         freer.watch([info("risk", gone.pid)])
         await gone.communicate()

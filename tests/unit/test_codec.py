@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mesh import codec
 from mesh.errors import EventTooLargeError, FrameError, PayloadError
 from mesh.events import Event, EventType, event_type, payload_of
+from mesh.payloads import payload_encoder
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 TOPIC = EventType.MARKET_DATA_RECEIVED
@@ -154,7 +155,7 @@ def test_mutated_frames_never_raise_anything_else(at: int, byte: int, cut: bool)
 
 
 def test_a_payload_error_names_type_field_expected_and_got() -> None:
-    encode = codec.payload_encoder(TICK)
+    encode = payload_encoder(TICK)
 
     with pytest.raises(PayloadError) as caught:
         encode({"symbol": "BTC", "price": "high"})
@@ -167,7 +168,7 @@ def test_a_payload_error_names_type_field_expected_and_got() -> None:
 @pytest.mark.parametrize("bad", [{1: "x"}, {"x": deep(40)}, ["x"], {"x": {2: 3}}, 7])
 def test_payloads_that_cannot_travel_are_refused_at_the_publisher(bad: object) -> None:
     with pytest.raises(PayloadError):
-        codec.payload_encoder("free.form")(bad)
+        payload_encoder("free.form")(bad)
 
 
 def test_an_event_over_the_limit_is_refused() -> None:
@@ -204,7 +205,7 @@ def test_payloads_that_do_not_fit_the_wish_come_as_dicts() -> None:
 
 
 def test_a_published_event_reads_as_a_dict() -> None:
-    sent = Event(TICK, codec.payload_encoder(TICK)(Tick("BTC", 1.0)), "feed", WHEN, "c", "e")
+    sent = Event(TICK, payload_encoder(TICK)(Tick("BTC", 1.0)), "feed", WHEN, "c", "e")
 
     assert sent.data["price"] == 1.0
     assert sent.data is sent.data

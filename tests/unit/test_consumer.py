@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import pytest
+
 from mesh import (
     Agent,
     AgentContext,
@@ -17,15 +19,20 @@ from mesh import (
     InMemoryMessageBroker,
     PublisherConfig,
     codec,
+    event_type,
     on,
 )
 from mesh.account import account
-from mesh.ledger import Ledger, view_of
+from mesh.errors import BrokerUnavailableError
+from mesh.ledger import Ledger
+from mesh.ledger_views import view_of
 from mesh.testing import FakeClock
 from tests.plumbing.processes import eventually
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from mesh.journal import Journal
 
 
 class Lossy(InMemoryMessageBroker):
@@ -290,3 +297,70 @@ async def test_an_urgent_event_overtakes_a_backlog() -> None:
     await agent.close()
     await publisher.close()
     await broker.close()
+
+
+class Deaf(InMemoryMessageBroker):
+    """Its journal does not answer for a while."""
+
+    refusals = 0
+
+    async def open_journal(self) -> Journal:
+        if self.refusals:
+            self.refusals -= 1
+            raise BrokerUnavailableError("the store does not answer")
+        return await super().open_journal()
+
+
+async def test_a_journal_that_is_away_at_the_start_is_waited_for_by_who_is_patient() -> None:
+    """A process that is started anew whenever it ends gains nothing by ending."""
+    event_type("t.kept", durable=True)
+    clock = FakeClock()
+
+    def consumer(*, patient: bool) -> EventConsumer:
+        return EventConsumer(
+            ConsumerConfig(
+                agent_name="ear",
+                broker=broker,
+                handler_registry=EventHandlerRegistry(),
+                subscribed_events=["t.kept"],
+                patient=patient,
+                clock=clock,
+            )
+        )
+
+    async with Deaf() as broker:
+        broker.refusals = 5
+        with pytest.raises(BrokerUnavailableError, match="does not answer"):
+            await consumer(patient=False).start()
+        ear = consumer(patient=True)
+        starting = asyncio.create_task(ear.start())
+        while not starting.done():
+            await clock.advance(1.0)
+        await starting
+        assert broker.refusals == 0
+        await ear.stop()
+
+
+async def test_what_younger_events_have_overtaken_is_not_heard_out_of_order() -> None:
+    """They were counted as lost when the younger ones came, and are: the account stays exact."""
+    consumer, heard = await consume(InMemoryMessageBroker())
+    for first in (1, 4, 2, 3, 5):
+        consumer.receive("t.x", claim("mouth", 1, first))
+    await consumer.drained()
+
+    view = view_of("ear", consumer.ledger)
+    (link,) = view.in_.values()
+    assert len(heard) == link.received == link.settled == 3
+    assert consumer.ledger.lost() == 2
+    assert view.dropped == {"late": 2}
+    await consumer.stop()
+
+
+async def test_a_lie_about_numbers_deafens_nobody() -> None:
+    consumer, heard = await consume(InMemoryMessageBroker())
+    for first in (1, 2**40, 2, 3):
+        consumer.receive("t.x", claim("mouth", 1, first))
+    await consumer.drained()
+
+    assert len(heard) == 4
+    await consumer.stop()

@@ -16,7 +16,8 @@ from mesh import (
     InMemoryMessageBroker,
     PublisherConfig,
 )
-from mesh.ledger import Ledger, view_of
+from mesh.ledger import Ledger
+from mesh.ledger_views import view_of
 from tests.plumbing.processes import eventually
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mesh.ledger import SOURCES, STATES, Ledger, read_ledger
+from mesh.ledger import SOURCES, STATES, Ledger
+from mesh.ledger_views import read_ledger
 
 if TYPE_CHECKING:
     from pathlib import Path

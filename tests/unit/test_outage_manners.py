@@ -58,25 +58,29 @@ class Late(InMemoryMessageBroker):
         return await super().open_journal()
 
 
-async def test_a_supervised_agent_waits_for_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+async def opened(broker: Late, *, patient: bool) -> None:
+    agent = Listens(AgentContext(name="shop", broker=broker, patient=patient))
+    try:
+        await agent.open()
+    finally:
+        await agent.close()
+
+
+async def test_a_patient_agent_waits_for_the_journal() -> None:
     """supervisord would start it anew over and over, and at last give it up."""
-    monkeypatch.setenv("MESH_SUPERVISED", "1")
-    async with Late() as broker, running(broker, Listens):
+    async with Late() as broker:
+        await opened(broker, patient=True)
+
         assert broker.tries >= 3
 
 
 @pytest.mark.parametrize(
-    ("supervised", "error"), [("0", AWAY), ("1", AccessDeniedError("wrong password"))]
+    ("patient", "error"), [(False, AWAY), (True, AccessDeniedError("wrong password"))]
 )
-async def test_others_are_told_at_once(
-    monkeypatch: pytest.MonkeyPatch, supervised: str, error: Exception
-) -> None:
-    monkeypatch.setenv("MESH_SUPERVISED", supervised)
+async def test_others_are_told_at_once(patient: bool, error: Exception) -> None:
     async with Late(error) as broker:
-        agent = Listens(AgentContext(name="shop", broker=broker))
         with pytest.raises(type(error)):
-            await agent.open()
-        await agent.close()
+            await opened(broker, patient=patient)
         assert broker.tries == 1
 
 

@@ -20,7 +20,8 @@ from mesh import (
     event_type,
 )
 from mesh.codec import MAX_BATCH_BYTES, MAX_BATCH_EVENTS, decode_frame
-from mesh.ledger import Ledger, view_of
+from mesh.ledger import Ledger
+from mesh.ledger_views import view_of
 from tests.plumbing.processes import eventually
 
 if TYPE_CHECKING:

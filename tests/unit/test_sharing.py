@@ -18,7 +18,8 @@ from mesh import (
     PublisherConfig,
 )
 from mesh.account import LinkAccount, account
-from mesh.ledger import Ledger, read_ledgers, retire
+from mesh.ledger import Ledger
+from mesh.ledger_views import read_ledgers, retire
 from mesh.replicas import Roster, replica_names
 
 if TYPE_CHECKING:
