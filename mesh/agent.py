@@ -25,14 +25,16 @@ from mesh.config import MessageBusConfig
 from mesh.consumer import ConsumerConfig, EventConsumer
 from mesh.context import HandlerContext, current_context
 from mesh.deadletters import DeadLetters
-from mesh.errors import HandlerSignatureError, PayloadError
+from mesh.errors import HandlerSignatureError, PayloadError, is_outage
 from mesh.handlers import EventHandlerRegistry, HandlerPriority, signature_of
 from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.ledger_views import Backlog
+from mesh.logs import Sparing
 from mesh.middleware.filter import only
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.replicas import MAX_REPLICAS
 from mesh.requests import Requester
+from mesh.retry import OUTAGE
 from mesh.topics import check_topic
 from mesh.values import Value, field
 
@@ -62,6 +64,8 @@ _ON = "__mesh_on__"
 _EVERY = "__mesh_every__"
 _SOURCE = "__mesh_source__"
 
+#: A source that ran for so long had found the fabric well.
+_STEADY_S = 30.0
 #: `headroom` waits while more events than this are under way in the mesh.
 MAX_UNDER_WAY = 8192
 
@@ -146,7 +150,9 @@ def source(method: _Method) -> _Method:
     Make a method the agent's source: it starts once all agents of the mesh are READY.
 
     It may return when its input ends. When it raises, the agent ends with an error (and supervisord
-    starts it anew).
+    starts it anew). Only when it raises because the fabric or the journal is away, the agent lives
+    on and calls it again, as a new process would: a source goes on where its `ctx.state` (or
+    `published`) says it was.
     """
     setattr(method, _SOURCE, True)
     return method
@@ -233,6 +239,7 @@ class Agent:
                 dead_letters=self._dead_letters,
                 middleware=context.publisher_middleware,
                 wire_format=config.wire_format,
+                publish_timeout_s=config.publish_timeout_s,
             )
         )
         if type(self).publish is Agent.publish:
@@ -266,6 +273,7 @@ class Agent:
         self._was_set_up = False
         #: Set once every source has returned; at once where there is none.
         self.sources_done = asyncio.Event()
+        self._sparing = Sparing(self.log)
         self._workers: WorkerPool | None = None
         self._backlog: Backlog | None = None
 
@@ -517,7 +525,7 @@ class Agent:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for run in sources:
-                    tasks.create_task(_await(run), name=getattr(run, "__name__", "source"))
+                    tasks.create_task(self._call(run), name=getattr(run, "__name__", "source"))
             await self.publisher.flush()
         except Exception:
             ledger.set("sources", SOURCES.index("failed"))
@@ -525,21 +533,44 @@ class Agent:
         ledger.set("sources", SOURCES.index("done"))
         self.sources_done.set()
 
+    async def _call(self, source: Callable[[], Awaitable[None]]) -> None:
+        """Call a source, again after an outage: to start the process anew would not end that."""
+        tries = 0
+        while True:
+            begun_s = self.clock.mono_s()
+            try:
+                await source()
+            except Exception as error:
+                if not is_outage(error):
+                    raise
+                tries = tries + 1 if self.clock.mono_s() - begun_s < _STEADY_S else 1
+                name = getattr(source, "__name__", "source")
+                self._say_outage(name, f"{name} waits, and is then called again", error)
+                await self.clock.sleep(OUTAGE.delay_s(tries))
+            else:
+                return
+
+    def _say_outage(self, kind: str, words: str, error: Exception) -> None:
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        self.context.ledger.count("outages_met")
+        self._sparing.say(kind, logging.WARNING, f"{words}: {error}")
+
     async def _repeat(self, call: Callable[[], Awaitable[None]], seconds: float) -> None:
         due_s = self.clock.mono_s() + seconds
         while True:
             await self.clock.sleep(max(0.0, due_s - self.clock.mono_s()))
             try:
                 await call()
-            except Exception:
+            except Exception as error:
                 self.context.ledger.count("timer_failed")
-                self.log.exception("timer %s failed; it is called again", call.__name__)
+                words = f"timer {call.__name__} failed; it is called again"
+                if is_outage(error):
+                    self._say_outage(call.__name__, words, error)
+                else:
+                    self.log.exception("%s", words)
             # A call that took too long skips the beats it missed instead of hurrying after them
             due_s = max(due_s + seconds, self.clock.mono_s())
-
-
-async def _await(call: Callable[[], Awaitable[None]]) -> None:
-    await call()
 
 
 def _marked_methods(cls: type[Agent]) -> list[tuple[str, Callable[..., Awaitable[Any]]]]:

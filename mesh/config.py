@@ -64,6 +64,8 @@ class MessageBusConfig:
     consumer_max_retries: int = 3
     consumer_retry_delay_ms: float = 100.0
     consumer_overflow: str = "block"
+    #: How long publishing waits for a fabric or journal that takes nothing.
+    publish_timeout_s: float = 10.0
     handler_timeout_s: float = 30.0
     drain_timeout_s: float = 8.0
     #: Types that are delivered durably whatever they are declared; ``order.*`` and ``*`` are known.
@@ -167,6 +169,7 @@ VARIABLES = {
     "consumer_max_retries": "LEGION_CONSUMER_MAX_RETRIES",
     "consumer_retry_delay_ms": "LEGION_CONSUMER_RETRY_DELAY_MS",
     "consumer_overflow": "LEGION_CONSUMER_OVERFLOW",
+    "publish_timeout_s": "LEGION_PUBLISH_TIMEOUT_S",
     "handler_timeout_s": "LEGION_HANDLER_TIMEOUT_S",
     "drain_timeout_s": "LEGION_DRAIN_TIMEOUT_S",
     "durable_events": "LEGION_DURABLE_EVENTS",
@@ -250,6 +253,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "consumer_max_retries": _whole,
     "consumer_retry_delay_ms": _number,
     "consumer_overflow": str.lower,
+    "publish_timeout_s": _number,
     "handler_timeout_s": _number,
     "drain_timeout_s": _number,
     "durable_events": _words,
@@ -325,6 +329,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "consumer_max_retries": _between(0, 1000),
     "consumer_retry_delay_ms": _between(0, 3_600_000),
     "consumer_overflow": _one_of(OVERFLOWS),
+    "publish_timeout_s": _between(0.1, 3600),
     "handler_timeout_s": _between(0.001, 86_400),
     "drain_timeout_s": _between(0, 3600),
     "durable_events": (_are_patterns, "must be topics, order.* or *, separated by commas"),

@@ -16,12 +16,12 @@ from mesh import codec
 from mesh.consumer_config import ConsumerConfig
 from mesh.context import HandlerContext
 from mesh.deadletters import DeadLetters
-from mesh.errors import BrokerUnavailableError, ClosedError, ConfigurationError, FrameError
+from mesh.errors import ClosedError, ConfigurationError, FrameError, MeshError, is_outage
 from mesh.events import is_durable
 from mesh.handlers import Handler, HandlerPriority
 from mesh.inbox import Arrival
 from mesh.intake import DurableIntake, Kept
-from mesh.journal import Step
+from mesh.journal import Step, cannot_keep
 from mesh.ledger import (
     IN_DROPPED,
     IN_EPOCH,
@@ -33,10 +33,10 @@ from mesh.ledger import (
     JOURNAL,
     Ledger,
 )
-from mesh.logs import say_once
+from mesh.logs import Sparing, say_once
 from mesh.replay_bell import ReplayBell
 from mesh.replicas import slot_of
-from mesh.retry import RetryPolicy
+from mesh.retry import OUTAGE
 from mesh.sharing import leave_to_others
 from mesh.slots import Slots
 from mesh.topics import check_topic
@@ -56,8 +56,6 @@ _UNNUMBERED = "(unnumbered)"
 _FRAMES, _REJECTED_FRAMES = Ledger.at("frames"), Ledger.at("rejected_frames")
 #: Numbers further behind the last one are no late ones: the last one was a lie.
 _LATE_NUMBERS = 20_000
-#: Pauses while a journal that is waited for does not answer.
-_OUTAGE = RetryPolicy(first_delay_s=0.05, max_delay_s=2.0)
 #: Links whose place in the ledger is remembered; anybody can make up names of publishers.
 _MAX_LINKS = 10_000
 
@@ -134,22 +132,25 @@ class EventConsumer:
             await self._open_intake()
 
     async def _open_intake(self) -> None:
-        tries = 0
+        sparing, tries = Sparing(_log), 0
         while self._intake is None:
             try:
                 self._intake = await self._opened_intake()
-            except BrokerUnavailableError as error:
-                if not self.config.patient:
+            except MeshError as error:
+                if not self.config.patient or not is_outage(error):
                     raise
-                if not tries:
-                    words = "%s waits for the journal before it begins (said once): %s"
-                    _log.warning(words, self.agent_name, error)
                 tries += 1
-                await self.config.clock.sleep(_OUTAGE.delay_s(tries))
+                words = f"{self.agent_name} waits for the journal before it begins: {error}"
+                sparing.say("away", logging.WARNING, words)
+                await self.config.clock.sleep(OUTAGE.delay_s(tries))
 
     async def _opened_intake(self) -> DurableIntake:
+        try:
+            journal = await self.broker.open_journal()
+        except ConfigurationError as error:
+            raise cannot_keep(self._durable_topics(), self.broker.fabric, error) from None
         intake = DurableIntake(
-            journal=await self.broker.open_journal(),
+            journal=journal,
             broker=self.broker,
             group=self.group,
             consumer=self.agent_name,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mesh.errors import BrokerUnavailableError
+from mesh.errors import BrokerUnavailableError, ConfigurationError
 from mesh.logs import say_once
 
 if TYPE_CHECKING:
@@ -264,6 +264,18 @@ class DeadLetters:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2.0, pause_s * 2)
                 continue
+            except ConfigurationError as error:
+                # No waiting makes it a journal
+                say_once(
+                    _log,
+                    f"no-dead-letters-{self._agent}",
+                    "%s cannot keep dead letters (said once): %s",
+                    self._agent,
+                    error,
+                )
+                self.unkept += len(self._waiting)
+                self._waiting.clear()
+                return
             pause_s = 0.05
             for _ in batch:
                 self._waiting.popleft()

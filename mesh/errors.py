@@ -128,3 +128,12 @@ class BackpressureError(BrokerUnavailableError):
 
 class RequestTimeoutError(BrokerUnavailableError):
     """Nobody replied within the time limit."""
+
+
+def is_outage(error: BaseException) -> bool:
+    """Say whether an error means only that the fabric or the journal is away, and can come back."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(is_outage, error.exceptions))
+    # No password becomes right by waiting, and who does not reply may never
+    lasting = (AccessDeniedError, RequestTimeoutError)
+    return isinstance(error, BrokerUnavailableError) and not isinstance(error, lasting)

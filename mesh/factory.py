@@ -49,11 +49,17 @@ def make_broker(
     member: Any = getattr(importlib.import_module(module), name)
     if config.broker_type == "zmq":
         made: MessageBroker = member(
-            directory, synchronous=config.journal_synchronous, journal=journal
+            directory,
+            synchronous=config.journal_synchronous,
+            journal=journal,
+            publish_timeout_s=config.publish_timeout_s,
         )
     elif config.broker_type == "redis":
         made = member(
-            **_redis_options(config), allow_volatile=config.redis_allow_volatile, journal=journal
+            **_redis_options(config),
+            allow_volatile=config.redis_allow_volatile,
+            journal=journal,
+            publish_timeout_s=config.publish_timeout_s,
         )
     else:
         made = member()

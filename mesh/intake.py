@@ -24,8 +24,9 @@ from mesh.context import merge_state
 from mesh.errors import BrokerUnavailableError, ClosedError, FrameError, MeshError
 from mesh.journal import LEASE_S, MAX_UNSETTLED, Delivery, Journal, Step
 from mesh.ledger import IN_RECEIVED, IN_SETTLED, JOURNAL
+from mesh.logs import Sparing
 from mesh.replay import read_replay
-from mesh.retry import RetryPolicy
+from mesh.retry import OUTAGE
 from mesh.topics import REPLAY_PREFIX, replay_topic
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ _log = logging.getLogger(__name__)
 _READ_EVENTS = 256
 #: A read that waits returns this often; it is woken by every append.
 _READ_WAIT_S = 5.0
-#: Pauses while the journal does not answer.
-_OUTAGE = RetryPolicy(first_delay_s=0.05, max_delay_s=2.0)
 
 
 _topic_of = attrgetter("topic")
@@ -127,6 +126,7 @@ class DurableIntake:
         #: That of the last delivery: see `Delivery.tenure`.
         self._tenure: int | str | None = None
         self._away = False
+        self._sparing = Sparing(_log)
         self._dead = False
 
     async def open(self, topics: Collection[str], start: str) -> None:
@@ -139,8 +139,8 @@ class DurableIntake:
         """
         self._topics = sorted({*topics, replay_topic(self.group)})
         await self.journal.declare(self.group, self._topics, start=start)
-        await self._broker.wake_on_append(self._topics)
         self.state.update(await self.journal.load_state(self.group))
+        await self._broker.wake_on_append(self._topics)
 
     def start(self) -> None:
         """Begin to read and to commit."""
@@ -157,10 +157,30 @@ class DurableIntake:
         """Commit a step soon, after all that came before it."""
         if step.state:
             merge_state(self.state, step.state)
+        if self._is_taken_in(step):
+            return
         self._steps.append(step)
         if not self._filled.is_set():
             self._emptied.clear()
             self._filled.set()
+
+    def _is_taken_in(self, step: Step) -> bool:
+        """
+        Let a step of nothing but state, which nobody waits for, become part of one like it.
+
+        Timers write on while the journal is away, and what they write must not pile up.
+        """
+        if self._committer is None or self._committer.done() or not self._steps:
+            return False
+        last = self._steps[-1]
+        if not (self._is_loose(step) and self._is_loose(last)):
+            return False
+        last.state.update(step.state)
+        return True
+
+    def _is_loose(self, step: Step) -> bool:
+        settles = step.acks or step.done or step.records or step.dead
+        return not settles and id(step) not in self._kept
 
     async def commit(self, step: Step) -> None:
         """
@@ -246,6 +266,8 @@ class DurableIntake:
                 await self._wait_out(error, tries)
                 continue
             tries = 0
+            if not (self._committing or self._steps):
+                self._note_back()
             self._read_ahead = len(deliveries)
             for tenure, of_tenure in groupby(deliveries, key=_tenure_of):
                 if tenure != self._tenure:
@@ -266,7 +288,7 @@ class DurableIntake:
         self._tenure = tenure
         if not is_first or self.state != before:
             while not await self._restored():
-                await self._clock.sleep(_OUTAGE.max_delay_s)
+                await self._clock.sleep(OUTAGE.max_delay_s)
 
     async def _load_state(self) -> None:
         """Know what is committed, and what is about to be."""
@@ -373,9 +395,7 @@ class DurableIntake:
                 await self._wait_out(error, tries)
                 continue
             break
-        if self._away:
-            self._away = False
-            _log.warning("%s: the journal is back", self.group)
+        self._note_back()
         self._count_settled(steps, IN_SETTLED)
         if refused:
             # Received and settled by somebody else
@@ -446,5 +466,11 @@ class DurableIntake:
     async def _wait_out(self, error: BrokerUnavailableError, tries: int) -> None:
         if not self._away:
             self._away = True
-            _log.warning("%s waits for the journal (said once an outage): %s", self.group, error)
-        await self._clock.sleep(_OUTAGE.delay_s(tries))
+            words = f"{self.group} waits for the journal (said once an outage): {error}"
+            self._sparing.say("away", logging.WARNING, words)
+        await self._clock.sleep(OUTAGE.delay_s(tries))
+
+    def _note_back(self) -> None:
+        if self._away:
+            self._away = False
+            self._sparing.say("back", logging.WARNING, f"{self.group}: the journal is back")

@@ -27,6 +27,7 @@ import zlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from mesh.errors import ConfigurationError
 from mesh.values import State, Value, field
 
 if TYPE_CHECKING:
@@ -168,6 +169,21 @@ class DeadCount(Value, frozen=True):
 
 #: Chooses every dead letter.
 ALL_DEAD = DeadQuery()
+
+
+def cannot_keep(
+    topics: Collection[str], fabric: str, error: ConfigurationError
+) -> ConfigurationError:
+    """Say for the sake of which types a journal was wanted that cannot be one."""
+    if not topics:
+        return error
+    names = ", ".join(sorted(topics))
+    verb = "is" if len(topics) == 1 else "are"
+    return ConfigurationError(
+        f"{names} {verb} durable, and {fabric} cannot keep that: {problem}; or let it go:"
+        f" LEGION_ALLOW_DOWNGRADE={names.replace(' ', '')}"
+        for problem in error.problems
+    )
 
 
 class Journal(ABC):

@@ -21,6 +21,12 @@ MAX_QUEUED = 10_000
 MAX_FILE_BYTES = 5 * 1024 * 1024
 _KEPT_FILES = 2
 
+# A trouble that lasts is said after so long, then after twice as long, and so on
+_FIRST_GAP_S = 10.0
+_LAST_GAP_S = 600.0
+#: A trouble that has not shown for so long is a new one.
+_OVER_S = 60.0
+
 _once: set[str] = set()
 
 
@@ -29,6 +35,46 @@ def say_once(logger: logging.Logger, key: str, message: str, *values: object) ->
     if key not in _once:
         _once.add(key)
         logger.warning(message, *values)
+
+
+class Sparing:
+    """
+    Says a trouble at once, and ever more seldom while it lasts; what is not said is counted.
+
+    Args:
+        logger: Where to.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        """Nothing was said yet."""
+        self._logger = logger
+        self._kinds: dict[str, _Trouble] = {}
+
+    def say(self, kind: str, level: int, words: str) -> None:
+        """Log it, or count it."""
+        now_s = time.monotonic()
+        trouble = self._kinds.get(kind)
+        if trouble is None or (now_s - trouble.seen_s > _OVER_S and now_s >= trouble.next_s):
+            trouble = self._kinds[kind] = _Trouble()
+        trouble.seen_s = now_s
+        if now_s < trouble.next_s:
+            trouble.unsaid += 1
+            return
+        trouble.next_s = now_s + trouble.gap_s
+        trouble.gap_s = min(2 * trouble.gap_s, _LAST_GAP_S)
+        unsaid, trouble.unsaid = trouble.unsaid, 0
+        more = f" ({unsaid} more like this)" if unsaid else ""
+        self._logger.log(level, "%s%s", words, more)
+
+
+class _Trouble:
+    """How a kind of trouble was said so far."""
+
+    def __init__(self) -> None:
+        self.next_s = 0.0
+        self.gap_s = _FIRST_GAP_S
+        self.seen_s = 0.0
+        self.unsaid = 0
 
 
 class _Line(logging.Formatter):

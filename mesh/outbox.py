@@ -9,15 +9,17 @@ or at 64 KiB. No timer is ever waited for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 from mesh import codec
 from mesh.context import current_context
-from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError
+from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError, ConfigurationError
 from mesh.events import declaration_of, is_durable
-from mesh.journal import Record
+from mesh.journal import Record, cannot_keep
 from mesh.ledger import OUT_BEGAN, OUT_EPOCH, OUT_SEQUENCE
+from mesh.logs import Sparing
 from mesh.payloads import payload_encoder, payloads_encoder
 from mesh.topics import PRIVATE_PREFIX, check_topic
 from mesh.values import State, field
@@ -99,6 +101,7 @@ class Outbox:
         self._drainer: asyncio.Task[None] | None = None
         self._full_batches = 0
         self._closed = False
+        self._sparing = Sparing(_log)
 
     def open(self, event_type: str) -> Outgoing:
         """
@@ -235,6 +238,7 @@ class Outbox:
             ClosedError: The publisher or the broker is closed.
             BackpressureError: The journal stayed full, or its lock was held too long.
             BrokerUnavailableError: It does not answer.
+            ConfigurationError: It cannot keep what durable types promise.
         """
         self._require_open()
         encode = codec.encode_json if self._json else codec.encode_single
@@ -244,7 +248,10 @@ class Outbox:
             context.records += records
             return
         if self._journal is None:
-            self._journal = await self._broker.open_journal()
+            try:
+                self._journal = await self._broker.open_journal()
+            except ConfigurationError as error:
+                raise cannot_keep([out.topic], self._broker.fabric, error) from None
         await self._journal.append(records)
         self._ledger.count_said(out.topic, len(records), self._clock.time_s())
 
@@ -321,10 +328,9 @@ class Outbox:
                 return
 
     async def _drain(self) -> None:
-        try:
+        # What was given up is said by `_drop`
+        with contextlib.suppress(BrokerUnavailableError):
             await self.flush()
-        except BrokerUnavailableError as error:
-            _log.warning("%s: %s", self._agent_name, error)
 
     async def _wait_sent(self, out: Outgoing, limit_s: float) -> None:
         try:
@@ -345,7 +351,9 @@ class Outbox:
         if not lost:
             return  # somebody who waited for the same batch has given it up, or sent it
         self._ledger.count("unsent", lost)
-        _log.warning("%s lost %d events on %s: %s", self._agent_name, lost, out.topic, error)
+        # Beats alone are one a second, and an outage can be long
+        words = f"{self._agent_name} lost {lost} events on {out.topic}: {error}"
+        self._sparing.say(out.topic, logging.WARNING, words)
         self._clear(out)
 
     def _require_open(self) -> None:

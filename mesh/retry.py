@@ -42,3 +42,7 @@ class RetryPolicy(Value, frozen=True, kw_only=True):
         # The exponent is held: 2 ** 10_000 would raise where only max_delay_s matters
         base = min(self.first_delay_s * self.factor ** min(retry - 1, 60), self.max_delay_s)
         return base * (1 + self.jitter * (2 * drawn - 1))
+
+
+#: Pauses while a fabric or journal does not answer.
+OUTAGE = RetryPolicy(first_delay_s=0.05, max_delay_s=2.0)

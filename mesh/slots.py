@@ -17,7 +17,7 @@ import msgspec
 from mesh.causality import current_event
 from mesh.context import HandlerContext, current_context
 from mesh.deadletters import go_on
-from mesh.errors import PayloadError
+from mesh.errors import BrokerUnavailableError, PayloadError
 from mesh.handlers import Handler, own_copy
 from mesh.inbox import Arrival, Inbox, make_inbox
 from mesh.ledger import IN_SETTLED, Ledger
@@ -381,7 +381,8 @@ class Slots:
             event.id,
             attempts,
             failure or type(failure).__name__,
-            exc_info=None if isinstance(failure, Outcome) else failure,
+            # An outage is no surprise, and no place in the handler
+            exc_info=None if isinstance(failure, (Outcome, BrokerUnavailableError)) else failure,
         )
 
     def _as_failure(self, slot: _Slot, handler: Handler, error: BaseException) -> BaseException:

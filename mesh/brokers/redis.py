@@ -14,12 +14,13 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mesh.broker import MessageBroker
+from mesh.broker import PUBLISH_TIMEOUT_S, MessageBroker
 from mesh.env import DEFAULT_JOURNAL, journal_name
 from mesh.errors import BrokerUnavailableError
 from mesh.journals.redis_keys import Keys
+from mesh.logs import Sparing
 from mesh.redis_link.access import PORT
-from mesh.redis_link.kept import SILENT_S, Sparing
+from mesh.redis_link.kept import SILENT_S
 from mesh.redis_link.node import Terms
 from mesh.redis_link.nodes import ClusterNodes
 from mesh.redis_link.place import place_of
@@ -69,6 +70,7 @@ class RedisMessageBroker(MessageBroker):
         silent_s: After so long without a sign of life a connection counts as lost.
         allow_volatile: Let the journal use a Redis that may forget.
         journal: Another journal of this mesh than the environment's, by name.
+        publish_timeout_s: How long the journal tries a call again while Redis takes nothing.
 
     Raises:
         ConfigurationError: The arguments contradict each other, or a file cannot be used.
@@ -100,6 +102,7 @@ class RedisMessageBroker(MessageBroker):
         silent_s: float = SILENT_S,
         allow_volatile: bool = False,
         journal: str | None = None,
+        publish_timeout_s: float = PUBLISH_TIMEOUT_S,
     ) -> None:
         """Begin unconnected."""
         super().__init__()
@@ -129,6 +132,7 @@ class RedisMessageBroker(MessageBroker):
             "mesh": self._journal_mesh,
             "connect_timeout_s": connect_timeout_s,
             "silent_s": silent_s,
+            "retry_s": publish_timeout_s,
             "allow_volatile": allow_volatile,
         }
         # Not among the attributes, where whoever prints them would print the password
@@ -179,7 +183,7 @@ class RedisMessageBroker(MessageBroker):
             f"{self._prefix}_probe".encode(),
             self._deliver,
             self._wake,
-            Sparing(),
+            Sparing(logging.getLogger("mesh.redis")),
             sharded=self._cluster,
             must_lead=self._place.must_lead,
             silent_s=self._silent_s,

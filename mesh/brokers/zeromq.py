@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import zmq
 
-from mesh.broker import MessageBroker
+from mesh.broker import PUBLISH_TIMEOUT_S, MessageBroker
 from mesh.codec import MAX_FRAME_BYTES
 from mesh.env import is_supervised, mesh_dir
 from mesh.errors import BrokerUnavailableError
@@ -71,6 +71,7 @@ class ZeroMQMessageBroker(MessageBroker):
         connect_timeout_s: How long `connect` waits for the fabric.
         synchronous: NORMAL or FULL, for the journal's file.
         journal: The journal's name within the directory; default MESH_JOURNAL.
+        publish_timeout_s: How long the journal waits for a full disk.
     """
 
     fabric: ClassVar[str] = "zmq"
@@ -82,6 +83,7 @@ class ZeroMQMessageBroker(MessageBroker):
         connect_timeout_s: float = 15.0,
         synchronous: Synchronous = "NORMAL",
         journal: str | None = None,
+        publish_timeout_s: float = PUBLISH_TIMEOUT_S,
     ) -> None:
         """Begin unconnected."""
         super().__init__()
@@ -89,6 +91,7 @@ class ZeroMQMessageBroker(MessageBroker):
         self._connect_timeout_s = connect_timeout_s
         self._synchronous = synchronous
         self._journal_name = journal
+        self._publish_timeout_s = publish_timeout_s
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._receivers: dict[bytes, tuple[Receiver, ...]] = {}
         self._names: dict[bytes, str] = {}
@@ -143,7 +146,9 @@ class ZeroMQMessageBroker(MessageBroker):
         from mesh.journals.sqlite import SQLiteJournal
 
         return SQLiteJournal(
-            self._rundir.ensure().journal(self._journal_name), synchronous=self._synchronous
+            self._rundir.ensure().journal(self._journal_name),
+            synchronous=self._synchronous,
+            full_s=self._publish_timeout_s,
         )
 
     async def awaits_replay(self, group: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mesh.cli.place import settings_of
@@ -91,7 +91,9 @@ async def opened_journal(rundir: RunDir, config: MessageBusConfig) -> AsyncItera
     Raises:
         BrokerUnavailableError: It does not answer.
     """
-    journal = make_broker(config, rundir.path).make_journal()
+    # A Redis that may forget can hold dead letters of live events all the same
+    lenient = replace(config, redis_allow_volatile=True)
+    journal = make_broker(lenient, rundir.path).make_journal()
     try:
         await journal.connect()
         yield journal

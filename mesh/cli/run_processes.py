@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ from mesh.cli.starting import ready, tell_failures
 from mesh.cli.watching import Watch
 from mesh.errors import EXIT_CONFIGURATION, ConfigurationError, MeshError
 from mesh.factory import make_broker
+from mesh.journal import cannot_keep
 from mesh.ledger_views import LedgerView, read_ledgers
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester
 from mesh.supervision import boot
 from mesh.supervision.boot import last_words
 from mesh.supervision.conf import INFRASTRUCTURE
+from mesh.supervision.declaring import durable_topics, look_at_scripts
 from mesh.supervision.supervisord import SupervisorClient, SupervisorError
 
 if TYPE_CHECKING:
@@ -65,7 +68,7 @@ async def run_processes(
             agents=agents,
             broker_type=config.broker_type,
             environment={"MESH_JOURNAL": _JOURNAL},
-            on_free=partial(_begin_journal, config, rundir),
+            on_free=partial(_begin_journal, place, config, agents),
             on_wait=say.note,
         )
         run = _Run(rundir, config, stop)
@@ -77,10 +80,27 @@ async def run_processes(
                 await boot.down(rundir)
 
 
-async def _begin_journal(config: MessageBusConfig, rundir: RunDir) -> None:
+async def _begin_journal(
+    place: Place, config: MessageBusConfig, agents: Collection[str] | None
+) -> None:
     """A run begins with nothing kept: what the last one kept goes."""
-    async with make_broker(config, rundir.path, journal=_JOURNAL).make_journal() as journal:
+    journal = make_broker(config, place.rundir.path, journal=_JOURNAL).make_journal()
+    try:
+        await journal.connect()
+    except ConfigurationError as error:
+        # Of no importance where nothing durable is heard
+        topics = durable_topics(await look_at_scripts(place.project, place.rundir, agents))
+        if topics:
+            raise cannot_keep(topics, config.broker_type, error) from None
+        journal = _any_journal(config, place.rundir)
+    async with journal:
         await journal.erase()
+
+
+def _any_journal(config: MessageBusConfig, rundir: RunDir) -> Journal:
+    """Give the run's journal, to look and to erase; who must keep something in it is stricter."""
+    lenient = replace(config, redis_allow_volatile=True)
+    return make_broker(lenient, rundir.path, journal=_JOURNAL).make_journal()
 
 
 class _Run:
@@ -92,7 +112,6 @@ class _Run:
         self._stop = stop
         self._client = SupervisorClient(rundir.socket("supervisor"))
         self._quiet = False
-        self._broker = make_broker(config, rundir.path, journal=_JOURNAL)
         self._journal: Journal | None = None
 
     async def close(self) -> None:
@@ -126,7 +145,10 @@ class _Run:
             await asyncio.wait({waiting, guarding}, return_when=asyncio.FIRST_COMPLETED)
             if guarding.done():
                 self._refuse(guarding.result())
-            elif tell_failures(self._rundir, waiting.result()):
+            elif failed := tell_failures(self._rundir, waiting.result()):
+                for name in failed:
+                    if _last_exit_status(self._rundir, name) == EXIT_CONFIGURATION:
+                        raise ConfigurationError(f"{name} refuses the configuration, as said above")
                 raise AgentFailedError("the run was given up: not all agents started")
         finally:
             for task in (waiting, guarding):
@@ -195,7 +217,7 @@ class _Run:
     async def _pending(self) -> int:
         """Count what the journal still has for the agents."""
         if self._journal is None:
-            self._journal = self._broker.make_journal()
+            self._journal = _any_journal(self._config, self._rundir)
             await self._journal.connect()
         names = self._views()
         return sum(view.pending for view in await self._journal.groups() if view.group in names)

@@ -10,7 +10,7 @@ import stat
 import time
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from mesh.errors import BrokerUnavailableError, ConfigurationError, MeshError
+from mesh.errors import BackpressureError, BrokerUnavailableError, ConfigurationError, MeshError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,7 +149,7 @@ class Database:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         where = f"the journal {self.path}"
         if code == sqlite3.SQLITE_FULL:
-            return BrokerUnavailableError(
+            return BackpressureError(
                 f"{where} cannot grow: the disk is full; free some space, nothing else is needed"
             )
         if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
@@ -168,7 +168,17 @@ class Database:
                 f"{where} cannot be written ({error});"
                 " the file and its directory must belong to this user and be writable"
             )
-        return BrokerUnavailableError(f"{where} failed: {error}; see the disk's own log")
+        return BrokerUnavailableError(
+            f"{where} failed: {error}; is a quota or a limit of file sizes reached, or the disk"
+            " broken? See its own log"
+        )
+
+    @staticmethod
+    def may_pass(error: Exception) -> bool:
+        """Say whether an error that `translate` gave may pass by itself: somebody frees space."""
+        code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
+        # A quota or a limit of file sizes is "disk I/O error" to SQLite
+        return code in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 
     def _make_private(self) -> None:
         # Never by opening it: closing any descriptor of the file takes away the locks that SQLite

@@ -152,7 +152,7 @@ class RedisJournal(LocalJournal):
         )
         self._members = Members(store, keys, int(lease_s * 1000))
         self._reader = Reader(store, keys, self._members)
-        self._writer = Writer(store, keys, remembered_ids, self._spawn)
+        self._writer = Writer(store, keys, remembered_ids, self._spawn, self._members.compare)
         self._views = Views(store, keys)
         self._tasks: set[asyncio.Task[Any]] = set()
 

@@ -115,6 +115,8 @@ class Consumer:
         self.stale = True
         #: Redis was away, and may have come back older.
         self.in_doubt = False
+        #: How often it had.
+        self.losses = 0
         self.lanes: dict[tuple[str, int], Lane] = {}
         #: Another's by right: nothing more is read of them, and they go when they are empty.
         self.surplus: frozenset[int] = frozenset()
@@ -139,6 +141,11 @@ class Consumer:
         self.number = 0
 
     # -- owning --------------------------------------------------------------------------------
+
+    @property
+    def tenure(self) -> str:
+        """Give what changes when others, or a Redis that came back older, changed the state."""
+        return f"{self.version}/{self.losses}"
 
     def drop(self, lanes: Iterable[Lane]) -> None:
         """Forget what another owns by now."""

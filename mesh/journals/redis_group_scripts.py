@@ -139,7 +139,7 @@ return {call('SMEMBERS', KEYS[2]), owned}
 """,
 )
 
-#: Say how far each stream was handed out.
+#: Say how far each stream was handed out, and how far it was settled.
 HANDED = Script(
     "handed",
     EVEN_FULL
@@ -147,8 +147,11 @@ HANDED = Script(
     + """
 local found = {}
 for at, key in ipairs(KEYS) do
-  local handed = groups_of(key)
-  found[at] = handed and handed['last-delivered-id'] or '0-0'
+  local handed, settled = groups_of(key)
+  found[at] = {
+    handed and handed['last-delivered-id'] or '0-0',
+    settled and settled['last-delivered-id'] or '0-0',
+  }
 end
 return found
 """,

@@ -200,21 +200,33 @@ class Members:
         await self._store.hear(channels)
 
     async def compare(self, me: Consumer) -> None:
-        """Let go of streams that know less than was handed out of them: Redis came back older."""
+        """
+        Let go of everything when Redis knows less than it did: it came back older.
+
+        Also of what it knows still: what is in hand was made with a state that is not kept.
+        """
         by_key = {lane.key: lane for lane in me.lanes.values()}
         parts = self._keys.parts(by_key)
         replies = await asyncio.gather(
             *(self._store.run(HANDED, part, {"group": me.group}) for part in parts)
         )
         me.in_doubt = False
-        older = [
-            by_key[key]
+        older = {
+            by_key[key].topic
             for part, found in zip(parts, replies, strict=True)
-            for key, handed in zip(part, found, strict=True)
+            for key, (handed, settled) in zip(part, found, strict=True)
             if spot_of(handed) < by_key[key].spot
-        ]
+            # What is decided, on a cluster, the streams may not know yet
+            or (spot_of(settled) < by_key[key].settled_to and not me.decided)
+        }
         if older:
-            me.drop(older)
+            log.error(
+                "DATA_LOSS_SUSPECTED: redis at %s came back older (a failover?): it has forgotten"
+                " what group %r had done of %s, which is done again",
+                self._store.place.address, me.group, ", ".join(sorted(older)),
+            )  # fmt: skip
+            me.drop(list(me.lanes.values()))
+            me.losses += 1
             me.stale = True
 
     async def renew(self, me: Consumer) -> None:

@@ -73,7 +73,7 @@ class Reader:
             if (me.ready or fetched) and not any(lane.more for lane in me.open_lanes()):
                 return
             lanes, page = me.to_fetch(), me.page
-            found = await self._fetch_page(lanes, page, me.version)
+            found = await self._fetch_page(lanes, page, me.tenure)
             if not me.stale:
                 me.take_in(found, page)
             fetched = True
@@ -199,6 +199,6 @@ class Reader:
             lane = lanes[number - 1]
             done = frozenset(lane.done.get(position, ()))
             claimed += read_entries(
-                replied, lane, lane.topic, lane.partition, count, done, me.version
+                replied, lane, lane.topic, lane.partition, count, done, me.tenure
             )
         return set(lanes), claimed

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError, ConfigurationError
+from mesh.logs import Sparing
 from mesh.redis_link.access import unavailable
-from mesh.redis_link.kept import Sparing
 from mesh.redis_link.node import Terms
 from mesh.redis_link.resp import LostError, ReplyError
 from mesh.retry import RetryPolicy
@@ -37,6 +37,10 @@ _BACK_OFF = RetryPolicy(first_delay_s=0.02, max_delay_s=1.0, jitter=0.5)
 _MIN_VERSION = (7, 0)
 
 _encode = msgspec.msgpack.Encoder().encode
+
+
+class RenewedError(Exception):
+    """The connection was made anew, and what was to be sent may not fit any more."""
 
 
 class Store:
@@ -80,7 +84,7 @@ class Store:
             probe,
             hear,
             on_change,
-            Sparing(),
+            Sparing(logging.getLogger("mesh.redis")),
             sharded=place.cluster,
             must_lead=place.must_lead,
             silent_s=silent_s,
@@ -152,11 +156,25 @@ class Store:
         keys: Sequence[bytes],
         plan: dict[str, Any],
         blobs: Sequence[bytes] = (),
+        *,
+        is_renewed: Callable[[], bool] | None = None,
     ) -> Any:
-        """Run a script; on a cluster all keys lie in one slot."""
+        """
+        Run a script; on a cluster all keys lie in one slot.
+
+        Args:
+            script: Which.
+            keys: Its keys.
+            plan: What it is to do.
+            blobs: Bytes of which the plan speaks.
+            is_renewed: Asked before it is sent, each time; True: not any more.
+
+        Raises:
+            RenewedError: `is_renewed` said so.
+        """
         words: tuple[bytes | str | int, ...]
         words = ("EVALSHA", script.sha, len(keys), *keys, _encode(plan), *blobs)
-        return await self._persist(keys[0], words, script)
+        return await self._persist(keys[0], words, script, is_renewed)
 
     async def call(self, key: bytes, *words: bytes | str | int) -> Any:
         """Run a command, which can be run twice without harm, where a key lies."""
@@ -182,7 +200,11 @@ class Store:
                 self._queue_for_room[0].set()
 
     async def _persist(
-        self, key: bytes, words: tuple[bytes | str | int, ...], script: Script | None
+        self,
+        key: bytes,
+        words: tuple[bytes | str | int, ...],
+        script: Script | None,
+        is_renewed: Callable[[], bool] | None = None,
     ) -> Any:
         trouble: BrokerUnavailableError | None = None
         tries = 0
@@ -190,7 +212,7 @@ class Store:
             async with asyncio.timeout(self._retry_s):
                 while True:
                     try:
-                        return await self._try(key, words, script)
+                        return await self._try(key, words, script, is_renewed)
                     except LostError as error:
                         trouble = BrokerUnavailableError(str(error))
                     except ReplyError as error:
@@ -201,10 +223,16 @@ class Store:
             raise self._give_up(trouble) from None
 
     async def _try(
-        self, key: bytes, words: tuple[bytes | str | int, ...], script: Script | None
+        self,
+        key: bytes,
+        words: tuple[bytes | str | int, ...],
+        script: Script | None,
+        is_renewed: Callable[[], bool] | None,
     ) -> Any:
         node = self._owner(key)
         connection = node.publisher.connection or await node.publisher.wait_up()
+        if is_renewed is not None and is_renewed():
+            raise RenewedError
         try:
             return await connection.ask(*words)
         except ReplyError as error:
@@ -286,12 +314,14 @@ class Store:
             if policy != "noeviction":
                 problems.append(
                     f"redis at {where} has maxmemory-policy={policy!r}: it would throw events away;"
-                    " set `maxmemory-policy noeviction`, or pass allow_volatile=True"
+                    " set `maxmemory-policy noeviction`, or allow it:"
+                    " LEGION_REDIS_ALLOW_VOLATILE=true (allow_volatile=True)"
                 )
             if info.get("aof_enabled", "1") != "1":
                 problems.append(
                     f"redis at {where} has appendonly='no': a restart would lose what was accepted;"
-                    " set `appendonly yes`, or pass allow_volatile=True"
+                    " set `appendonly yes`, or allow it:"
+                    " LEGION_REDIS_ALLOW_VOLATILE=true (allow_volatile=True)"
                 )
         if problems:
             raise ConfigurationError(problems)

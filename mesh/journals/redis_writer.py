@@ -13,9 +13,10 @@ from mesh.journals.redis_clock import ClusterClock
 from mesh.journals.redis_entries import spot_of
 from mesh.journals.redis_scripts import COMMIT, DECIDE, SETTLE
 from mesh.journals.redis_steps import Settlement, encode_decision
+from mesh.journals.redis_store import RenewedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 
     from mesh.deadletters import DeadLetter
     from mesh.journal import Record, Step
@@ -60,6 +61,7 @@ class Writer:
         keys: Names of keys.
         remembered_ids: How many ids are remembered at least.
         spawn: Starts what goes on when its caller is cancelled.
+        compare: Sees whether Redis knows less than a consumer does.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class Writer:
         keys: Keys,
         remembered_ids: int,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        compare: Callable[[Consumer], Awaitable[None]],
     ) -> None:
         """Write nothing yet."""
         self._store = store
         self._keys = keys
         self._remembered_ids = remembered_ids
         self._spawn = spawn
+        self._compare = compare
         self.clock = ClusterClock()
 
     async def append(self, records: Sequence[Record]) -> int:
@@ -141,12 +145,17 @@ class Writer:
         """Apply steps; gives the numbers of the refused."""
         refused: set[int] = set()
         while True:
+            if me is not None and me.in_doubt:
+                await self._compare(me)
             settlement = Settlement(me)
             for number, step in enumerate(steps):
                 if number not in refused and not settlement.add(step):
                     refused.add(number)
             try:
                 lost = await self._settle(group, settlement)
+            except RenewedError:
+                settlement.undo()
+                continue
             except BaseException:
                 settlement.undo()
                 raise
@@ -168,7 +177,7 @@ class Writer:
         self._plan_records(changes, settlement.records)
         self._plan_letters(changes, settlement.letters)
         self._plan_state(changes, group, settlement)
-        return _lost(changes, await self._run(changes), settlement.lanes)
+        return _lost(changes, await self._run(changes, settlement.me), settlement.lanes)
 
     async def _keep(self, records: Sequence[Record]) -> int:
         """Keep events; on a cluster those of each partition in a call of their own."""
@@ -262,7 +271,7 @@ class Writer:
         self, group: str, settlement: Settlement, *, fences_only: bool = False
     ) -> list[Lane]:
         parts = self._plan_parts(group, settlement, fences_only=fences_only)
-        replies = await asyncio.gather(*(self._run(changes) for _, changes in parts))
+        replies = await asyncio.gather(*(self._run(changes, settlement.me) for _, changes in parts))
         lost: list[Lane] = []
         for (_, changes), reply in zip(parts, replies, strict=True):
             lost += _lost(changes, reply, settlement.lanes)
@@ -295,11 +304,14 @@ class Writer:
 
     # -- plans ---------------------------------------------------------------------------------
 
-    async def _run(self, changes: _Changes) -> Any:
+    async def _run(self, changes: _Changes, me: Consumer | None = None) -> Any:
         if not changes.keys:
             return [0, []]
         script = SETTLE if "fences" in changes.plan else COMMIT
-        return await self._store.run(script, changes.keys, changes.plan, changes.blobs)
+        is_renewed = None if me is None else lambda: me.in_doubt
+        return await self._store.run(
+            script, changes.keys, changes.plan, changes.blobs, is_renewed=is_renewed
+        )
 
     def _plan_records(self, changes: _Changes, records: Sequence[Record]) -> None:
         if not records:

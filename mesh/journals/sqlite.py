@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mesh.clock import SYSTEM_CLOCK
-from mesh.errors import BackpressureError, ConfigurationError
+from mesh.errors import BackpressureError, BrokerUnavailableError, ConfigurationError
 from mesh.journal import ALL_DEAD, LEASE_S, DeadQuery, Delivery, Feature
 from mesh.journals import membership, views
 from mesh.journals.consumers import Consumer
@@ -24,6 +24,7 @@ from mesh.journals.local import LocalJournal
 from mesh.journals.retention import Sweep
 from mesh.journals.threads import DatabaseThread, Job
 from mesh.journals.transaction import Inserted, Names, Transaction
+from mesh.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
@@ -39,6 +40,9 @@ MAX_QUEUED_BYTES = 32 * 1024 * 1024
 #: How long they wait, and how long other processes may hold the file: longer than it takes the
 #: monitor to end a process that hangs while it holds it.
 TIMEOUT_S = 20.0
+#: How long `append` waits for a full disk.
+FULL_S = 10.0
+_FULL = RetryPolicy(first_delay_s=0.02, max_delay_s=1.0, jitter=0.5)
 # A record's own weight beside its frame
 _RECORD_BYTES = 300
 
@@ -53,6 +57,7 @@ class SQLiteJournal(LocalJournal):
             a power cut as well, at the price of an fsync a transaction.
         lease_s: How long a silent consumer keeps what it owns.
         timeout_s: How long to wait for a busy writer or a locked file.
+        full_s: How long `append` waits for a full disk.
         max_queued_bytes: How much may wait for the writer.
         clock: Where time comes from; asked in other threads.
     """
@@ -67,6 +72,7 @@ class SQLiteJournal(LocalJournal):
         synchronous: Synchronous = "NORMAL",
         lease_s: float = LEASE_S,
         timeout_s: float = TIMEOUT_S,
+        full_s: float = FULL_S,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -80,6 +86,7 @@ class SQLiteJournal(LocalJournal):
         self._synchronous = synchronous
         self._lease_ms = int(lease_s * 1000)
         self._timeout_s = timeout_s
+        self._full_s = full_s
         self._max_queued_bytes = max_queued_bytes
         self._clock = clock
         self._names = Names()
@@ -141,7 +148,7 @@ class SQLiteJournal(LocalJournal):
             return 0
         weight = sum(len(record.frame) for record in records) + _RECORD_BYTES * len(records)
         await self._wait_for_room(weight)
-        inserted: Inserted = await self._do(lambda tx: tx.insert(records), weight)
+        inserted: Inserted = await self._until_it_fits(lambda tx: tx.insert(records), weight)
         return inserted.new
 
     async def commit(self, group: str, consumer: str, steps: Sequence[Step]) -> list[Step]:
@@ -340,6 +347,29 @@ class SQLiteJournal(LocalJournal):
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
         thread.put(Job(work, future, weight_bytes))
         return future
+
+    async def _until_it_fits(self, work: Callable[[Transaction], Any], weight_bytes: int) -> Any:
+        """Do it, again while the disk is full; what waits for that counts as queued."""
+        loop = asyncio.get_running_loop()
+        ends_s = loop.time() + self._full_s
+        tries = 0
+        while True:
+            try:
+                return await self._do(work, weight_bytes)
+            except BrokerUnavailableError as error:
+                if not Database.may_pass(error):
+                    raise
+                tries += 1
+                pause_s = _FULL.delay_s(tries)
+                if loop.time() + pause_s > ends_s:
+                    words = f"{error} (tried for {self._full_s:g} s)"
+                    raise type(error)(words) from error.__cause__
+            self._queued_bytes += weight_bytes
+            try:
+                await asyncio.sleep(pause_s)
+            finally:
+                self._queued_bytes -= weight_bytes
+                self._let_next_in()
 
     async def _wait_for_room(self, weight_bytes: int) -> None:
         """Wait in line until the writer's queue has room; whatever its size, one job may wait."""

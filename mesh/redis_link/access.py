@@ -66,8 +66,9 @@ class Access:
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     #: How the connection shows in CLIENT LIST.
     client_name: str = "legion"
-    #: How long a connection may take to be made.
-    timeout_s: float = 5.0
+    #: How long a connection may take to be made: one that began in a broken network stands in the
+    #: way of the next, which finds it mended.
+    timeout_s: float = 3.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,39 +16,18 @@ from mesh.retry import RetryPolicy
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from mesh.logs import Sparing
     from mesh.redis_link.access import Access, Address
     from mesh.redis_link.resp import RespConnection
-
-_log = logging.getLogger("mesh.redis")
 
 #: An idle connection is asked for a sign of life so often.
 CHECK_EVERY_S = 1.0
 #: And taken for dead when it gives none for so long.
 SILENT_S = 3.0
-_SAY_EVERY_S = 10.0
 _BACK_OFF = RetryPolicy(first_delay_s=0.05, max_delay_s=1.0, jitter=0.5)
 #: What is on its way out at the end may take so long.
 _CLOSE_S = 1.0
 _CANCEL_AGAIN_S = 0.1
-
-
-class Sparing:
-    """Says a kind of thing at most once in ten seconds, and how often it was not said."""
-
-    def __init__(self) -> None:
-        """Nothing was said yet."""
-        self._next_s: dict[str, float] = {}
-        self._unsaid: dict[str, int] = {}
-
-    def say(self, kind: str, level: int, words: str) -> None:
-        """Log it, or count it."""
-        now_s = time.monotonic()
-        if now_s < self._next_s.get(kind, 0.0):
-            self._unsaid[kind] = self._unsaid.get(kind, 0) + 1
-            return
-        self._next_s[kind] = now_s + _SAY_EVERY_S
-        unsaid = self._unsaid.pop(kind, 0)
-        _log.log(level, "%s%s", words, f" ({unsaid} more like this)" if unsaid else "")
 
 
 async def end(task: asyncio.Task[None]) -> None:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterator
 
     from mesh.errors import BrokerUnavailableError
+    from mesh.logs import Sparing
     from mesh.redis_link.access import Access, Address
-    from mesh.redis_link.kept import Sparing
     from mesh.redis_link.resp import RespConnection
 
 #: A server that refuses events is left alone for a moment.

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mesh.errors import ConfigurationError
 from mesh.factory import make_broker
+from mesh.journal import cannot_keep
 from mesh.supervision.conf import programs_of, script_of
 from mesh.topics import replay_topic
 from mesh.values import Value
@@ -99,6 +101,39 @@ async def declare_groups(
         ConfigurationError: The journal cannot keep what it promises.
         BrokerUnavailableError: It does not answer.
     """
+    said = await look_at_scripts(project, rundir, agents)
+    durable = {name: each for name, each in said.items() if each is not None and each.durable}
+    if durable:
+        journal = make_broker(config, rundir.path).make_journal()
+        try:
+            await journal.connect()
+        except ConfigurationError as error:
+            raise cannot_keep(durable_topics(said), config.broker_type, error) from None
+        async with journal:
+            for name, each in durable.items():
+                await journal.declare(name, [*each.durable, replay_topic(name)], start=each.start)
+    return [name for name, each in said.items() if each is None or each.problem]
+
+
+def durable_topics(said: Mapping[str, Finding | None]) -> set[str]:
+    """Give what is heard durably, of what `look_at_scripts` gave."""
+    return {topic for each in said.values() if each is not None for topic in each.durable}
+
+
+async def look_at_scripts(
+    project: Path, rundir: RunDir, agents: Collection[str] | None = None
+) -> dict[str, Finding | None]:
+    """
+    Ask the scripts of agents what they hear.
+
+    Args:
+        project: Where supervisord.conf and agents/ are.
+        rundir: The mesh's directory.
+        agents: Only these; default all.
+
+    Returns:
+        What was found, by agent; None of those that did not answer.
+    """
     found = {
         name: script_of(project, name)
         for name in programs_of(project)
@@ -106,13 +141,7 @@ async def declare_groups(
     }
     scripts = {name: script for name, script in found.items() if script is not None}
     if not scripts:
-        return []
+        return {}
     environ = {**os.environ, "MESH_DIR": str(rundir.path)}
     findings = await survey(project, sorted(set(scripts.values())), environ)
-    said = {name: findings.get(script) for name, script in scripts.items()}
-    durable = {name: each for name, each in said.items() if each is not None and each.durable}
-    if durable:
-        async with make_broker(config, rundir.path).make_journal() as journal:
-            for name, each in durable.items():
-                await journal.declare(name, [*each.durable, replay_topic(name)], start=each.start)
-    return [name for name, each in said.items() if each is None or each.problem]
+    return {name: findings.get(script) for name, script in scripts.items()}

@@ -13,10 +13,11 @@ class Cluster:
 
     Args:
         append_only: Keep every write on disk.
+        replicas: Give each master one; they are `servers` 3 to 5, in the same order.
     """
 
-    def __init__(self, *, append_only: bool = False) -> None:
-        self.ports = free_ports(3)
+    def __init__(self, *, append_only: bool = False, replicas: bool = False) -> None:
+        self.ports = free_ports(6 if replicas else 3)
         self._owner: dict[int, int] = {}
         self.servers = [
             RedisServer(
@@ -27,6 +28,7 @@ class Cluster:
                     "cluster-enabled": "yes",
                     "cluster-node-timeout": "1000",
                     "cluster-require-full-coverage": "no",
+                    "repl-diskless-sync-delay": "0",
                 },
             )
             for port in self.ports
@@ -42,7 +44,7 @@ class Cluster:
 
     async def join(self) -> None:
         bounds = [0, 5461, 10923, 16384]
-        for number, server in enumerate(self.servers):
+        for number, server in enumerate(self.servers[:3]):
             first, last = bounds[number], bounds[number + 1] - 1
             await command(server.url, "CLUSTER", "ADDSLOTSRANGE", first, last)
             await command(server.url, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
@@ -50,6 +52,18 @@ class Cluster:
             await command(self.servers[0].url, "CLUSTER", "MEET", "127.0.0.1", port)
         for server in self.servers:
             await eventually(lambda server=server: self._agrees(server))  # type: ignore[misc]
+        for number in range(3, len(self.servers)):
+            await self._follow(number, number - 3)
+
+    async def _follow(self, number: int, master: int) -> None:
+        url = self.servers[number].url
+        await command(url, "CLUSTER", "REPLICATE", await self.identity(master))
+
+        async def is_synced() -> bool:
+            facts = await command(url, "INFO", "replication")
+            return bool(facts.get("master_link_status") == "up")
+
+        await eventually(is_synced)
 
     async def _agrees(self, server: RedisServer) -> bool:
         info = await command(server.url, "CLUSTER", "INFO")

@@ -59,7 +59,13 @@ class RedisServer:
         assert self._process is not None, "not started"
         return self._process.pid
 
-    def start(self) -> Self:
+    def start(self, *, wait: bool = True) -> Self:
+        """
+        Start it.
+
+        Args:
+            wait: Return when it answers; it does not while it loads.
+        """
         program = find_redis()
         assert program, "there is no redis-server"
         settings = {
@@ -88,8 +94,12 @@ class RedisServer:
             stderr=subprocess.DEVNULL,
             preexec_fn=_die_with_parent,
         )
-        wait_until(self._answers, what=f"{program} answers; see {self.folder}/redis.log")
+        if wait:
+            self.wait_up()
         return self
+
+    def wait_up(self) -> None:
+        wait_until(self._answers, what=f"redis-server answers; see {self.folder}/redis.log")
 
     def kill(self) -> None:
         """End it as a power cut would; `start` brings it back."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +18,7 @@ from mesh.redis_link.access import Access, Address, unavailable
 from mesh.redis_link.resp import ReplyError
 from tests.plumbing.processes import eventually
 from tests.plumbing.redis_server import RedisServer
-from tests.redis.tools import Ear, command, free_ports
+from tests.redis.tools import Ear, certificates, command, free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -119,26 +117,6 @@ async def test_tls(serve: Callable[[dict[str, str]], RedisServer], tmp_path: Pat
         await RedisMessageBroker(**where, connect_timeout_s=0.5).connect()
     with pytest.raises(ConfigurationError, match=r"TLS files .*missing.pem"):
         RedisMessageBroker(**where, tls=True, tls_ca=tmp_path / "missing.pem")
-
-
-def certificates(folder: Path) -> None:
-    """Make an authority and a server's certificate for 127.0.0.1."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("no openssl on this machine")
-
-    def run(*words: str) -> None:
-        subprocess.run([openssl, *words], cwd=folder, check=True, capture_output=True)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    run("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test-ca",
-        "-days", "2", "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
-    run("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=server")
-    (folder / "names").write_text(
-        "subjectAltName=IP:127.0.0.1,DNS:localhost\nauthorityKeyIdentifier=keyid\n"
-    )
-    run("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
-        "-CAcreateserial", "-out", "server.pem", "-extfile", "names")  # fmt: skip
 
 
 async def test_two_meshes_share_a_server(redis_url: str) -> None:

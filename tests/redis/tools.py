@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import socket
+import subprocess
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from mesh import ConsumerConfig, EventConsumer, EventHandlerRegistry
 
@@ -63,6 +67,7 @@ class Proxy:
         self._passing = asyncio.Event()
         self._passing.set()
         self._deaf = False
+        self._swallows: asyncio.Event | None = None
         self._lines: set[asyncio.Task[None]] = set()
         self.port = 0
 
@@ -82,12 +87,19 @@ class Proxy:
         """Keep all connections and pass nothing on, as a cable that was pulled."""
         self._passing.clear()
 
+    def swallow(self) -> None:
+        """Keep all connections and take what comes, to no effect: the other end is long gone."""
+        self._swallows = asyncio.Event()
+
     def lose_answers(self) -> None:
         """Swallow what the server says next, and hang up: the client cannot know what it did."""
         self._deaf = True
 
     def thaw(self) -> None:
-        """Pass bytes on again."""
+        """Pass bytes on again; a connection of which any were swallowed is reset."""
+        if self._swallows is not None:
+            self._swallows.set()
+            self._swallows = None
         self._passing.set()
 
     async def _accept(self, source: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
@@ -96,8 +108,12 @@ class Proxy:
         self._lines.add(task)
         reader, writer = await asyncio.open_unix_connection(str(self._target))
         try:
-            await asyncio.gather(self._pass(source, writer), self._pass(reader, back, answers=True))
-        except (OSError, asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError):
+                # Whatever ends one direction ends the other
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(self._pass(source, writer))
+                    both.create_task(self._pass(reader, back, answers=True))
+        except* OSError:
             pass
         finally:
             for each in (writer, back):
@@ -111,6 +127,9 @@ class Proxy:
     ) -> None:
         while data := await source.read(65536):
             await self._passing.wait()
+            if self._swallows is not None:
+                await self._swallows.wait()
+                break
             if answers and self._deaf:
                 self._deaf = False
                 break
@@ -141,3 +160,23 @@ async def command(url: str, *words: Any) -> Any:
 
     async with redis.asyncio.Redis.from_url(url) as client:
         return await client.execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+def certificates(folder: Path) -> None:
+    """Make an authority and a server's certificate for 127.0.0.1."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl on this machine")
+
+    def run(*words: str) -> None:
+        subprocess.run([openssl, *words], cwd=folder, check=True, capture_output=True)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    run("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test-ca",
+        "-days", "2", "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
+    run("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=server")
+    (folder / "names").write_text(
+        "subjectAltName=IP:127.0.0.1,DNS:localhost\nauthorityKeyIdentifier=keyid\n"
+    )
+    run("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
+        "-CAcreateserial", "-out", "server.pem", "-extfile", "names")  # fmt: skip

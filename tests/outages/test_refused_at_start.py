@@ -1,0 +1,92 @@
+"""A Redis that may forget is refused at the start, wherever something durable would need it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.faults.project import write_project
+from tests.outages.pair import HERE
+from tests.plumbing.processes import MESH, environment, run_mesh, run_program
+from tests.plumbing.redis_server import RedisServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.fault, pytest.mark.redis]
+
+#: What is promised.
+REFUSED_S = 3.0
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[RedisServer]:
+    """A server without an append-only file, as the settings' Redis."""
+    server = RedisServer().start()
+    monkeypatch.setenv("LEGION_BROKER_TYPE", "redis")
+    monkeypatch.setenv("REDIS_URL", server.url)
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (MESH, "up", "-d"),
+        (MESH, "run"),
+        (sys.executable, "agents/counter.py"),
+        (sys.executable, "agents/till.py"),
+    ],
+    ids=["mesh up", "mesh run", "a plain consumer", "a plain publisher"],
+)
+def test_type_fabric_and_setting_are_named(
+    forgetful: RedisServer, tmp_path: Path, words: tuple[str | Path, ...]
+) -> None:
+    write_project(tmp_path, "till", "counter", folder=HERE)
+    begun_s = time.monotonic()
+
+    ended = run_program(*words, cwd=tmp_path, env=environment(), timeout_s=30)
+
+    assert ended.code == 78, ended
+    assert time.monotonic() - begun_s < REFUSED_S
+    for named in (
+        "outage.order is durable, and redis cannot keep that",
+        "set `appendonly yes`",
+        "LEGION_REDIS_ALLOW_VOLATILE=true",
+        "LEGION_ALLOW_DOWNGRADE=outage.order",
+    ):
+        assert named in ended.err
+
+
+LIVE = """
+from mesh import Agent, Event, on, run, source
+
+
+class Live(Agent):
+    @on("live.said")
+    async def listen(self, event: Event) -> None:
+        raise ValueError("no luck")
+
+    @source
+    async def speak(self) -> None:
+        await self.publish("live.said", {})
+
+
+if __name__ == "__main__":
+    run(Live)
+"""
+
+
+def test_live_events_need_no_more_than_it_gives(forgetful: RedisServer, tmp_path: Path) -> None:
+    """A run of live events alone is none of the journal's business."""
+    write_project(tmp_path, "till", folder=HERE)
+    (tmp_path / "agents" / "till.py").write_text(LIVE)
+
+    ended = run_mesh("run", "--json", cwd=tmp_path)
+
+    assert '"1 events could not be handled"' in ended.out, ended
+    assert "Traceback" not in ended.err

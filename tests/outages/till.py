@@ -1,0 +1,42 @@
+"""Says numbered orders without end, and swears to which of them were kept and which refused."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+
+from mesh import Agent, BrokerUnavailableError, event_type, run, source
+
+ORDER = event_type("outage.order", durable=True)
+_KEYS = 5
+
+
+class Till(Agent):
+    """A publisher that survives its errors."""
+
+    async def setup(self) -> None:
+        path = os.path.join(os.environ["MESH_DIR"], "notes.till")
+        self.notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self.note("began", os.getpid())
+
+    async def teardown(self) -> None:
+        os.close(self.notes)
+
+    def note(self, *words: object) -> None:
+        os.write(self.notes, (" ".join(map(str, words)) + "\n").encode())
+
+    @source
+    async def sell(self) -> None:
+        for number in count(1):
+            try:
+                await self.publish(ORDER, {"n": number}, key=f"k{number % _KEYS}")
+            except BrokerUnavailableError as error:
+                self.note("refused", number, type(error).__name__, error)
+            else:
+                self.note("kept", number)
+            # A pace, so that a test ends with some hundreds of them
+            await self.clock.sleep(0.005)
+
+
+if __name__ == "__main__":
+    run(Till)
