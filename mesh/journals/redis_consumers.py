@@ -139,6 +139,8 @@ class Consumer:
         self.decided: list[Any] = []
         #: How many of its steps, or tries of them, have changed the state.
         self.number = 0
+        #: The number of the last one that is kept.
+        self.noted = 0
 
     # -- owning --------------------------------------------------------------------------------
 

@@ -219,6 +219,8 @@ class Members:
             # What is decided, on a cluster, the streams may not know yet
             or (spot_of(settled) < by_key[key].settled_to and not me.decided)
         }
+        if await self._has_older_state(me):
+            older.add("(its state)")
         if older:
             log.error(
                 "DATA_LOSS_SUSPECTED: redis at %s came back older (a failover?): it has forgotten"
@@ -228,6 +230,14 @@ class Members:
             me.drop(list(me.lanes.values()))
             me.losses += 1
             me.stale = True
+
+    async def _has_older_state(self, me: Consumer) -> bool:
+        if not me.noted:
+            return False
+        steps = self._keys.steps(me.group)
+        found = await self._store.call(steps, "HGET", steps, me.name)
+        incarnation, _, number = (found or b" 0").decode().partition(" ")
+        return incarnation in {"", me.incarnation} and int(number) < me.noted
 
     async def renew(self, me: Consumer) -> None:
         """Prolong a lease."""

@@ -59,6 +59,7 @@ class Settlement:
         self.records: list[Record] = []
         self.letters: list[DeadLetter] = []
         self.state: dict[str, bytes | None] = {}
+        self._number = 0
         self._settled: list[tuple[Name, int]] = []
         #: What streams knew of them.
         self._known: list[tuple[dict[str, tuple[Spot, int]], str, tuple[Spot, int]]] = []
@@ -114,8 +115,13 @@ class Settlement:
         """Give what tells this change of the state from all others of its consumer."""
         if self.me is None:
             return {}
-        self.me.number += 1
+        self._number = self.me.number = self.me.number + 1
         return {"number": self.me.number, "incarnation": self.me.incarnation}
+
+    def note_number(self) -> None:
+        """Remember that the change of the state is kept."""
+        if self.me is not None and self._number:
+            self.me.noted = self._number
 
     def undo(self) -> None:
         """Hold everything again, unless it is settled."""

@@ -177,7 +177,10 @@ class Writer:
         self._plan_records(changes, settlement.records)
         self._plan_letters(changes, settlement.letters)
         self._plan_state(changes, group, settlement)
-        return _lost(changes, await self._run(changes, settlement.me), settlement.lanes)
+        lost = _lost(changes, await self._run(changes, settlement.me), settlement.lanes)
+        if not lost:
+            settlement.note_number()
+        return lost
 
     async def _keep(self, records: Sequence[Record]) -> int:
         """Keep events; on a cluster those of each partition in a call of their own."""
@@ -246,10 +249,13 @@ class Writer:
             decision = changes.blob(encode_decision(part.keys, part.plan))
             decided.append((str(lanes[0].partition), lanes[0].token, decision))
         changes.plan["decided"] = decided
-        status, gone = await self._store.run(DECIDE, changes.keys, changes.plan, changes.blobs)
+        status, gone = await self._store.run(
+            DECIDE, changes.keys, changes.plan, changes.blobs, is_renewed=lambda: me.in_doubt
+        )
         if status:
             lost = {int(partition) for partition in gone}
             return [lane for lane in settlement.lanes if lane.partition in lost]
+        settlement.note_number()
         settlement.settle()
         me.decided = [part for _, part in parts]
         with contextlib.suppress(BrokerUnavailableError):

@@ -52,11 +52,11 @@ def intercept(journal: RedisJournal, act: Callable[[Script, Sequence[Any]], None
     """Call `act` with each script and its arguments before it is run; it may raise."""
     run = journal._store.run
 
-    async def watched(script: Script, *arguments: Any) -> Any:
+    async def watched(script: Script, *arguments: Any, **options: Any) -> Any:
         act(script, arguments)
-        return await run(script, *arguments)
+        return await run(script, *arguments, **options)
 
-    journal._store.run = watched  # type: ignore[assignment,method-assign]
+    journal._store.run = watched  # type: ignore[method-assign]
 
 
 def dies_before_settling(journal: RedisJournal, *, after: int) -> None:
@@ -223,3 +223,24 @@ async def test_a_successor_counts_its_steps_anew(any_redis: RedisFabric) -> None
 
     assert (await two.load_state("risk"))["count"] == b"4"
     await asyncio.gather(one.close(), two.close())
+
+
+async def test_a_redis_that_came_back_with_an_older_state_is_noticed(
+    any_redis: RedisFabric,
+) -> None:
+    """A failover may forget the last steps of a group, and know its streams: all is done again."""
+    journal = await opened(any_redis)
+    await journal.declare("risk", ["order"])
+    await journal.append(numbered(8, keys=1))
+    first = await journal.read("risk", "risk", limit=2)
+    await journal.commit("risk", "risk", counting(first))
+    held = await journal.read("risk", "risk", limit=2)
+    steps = b"legion:default:group:{risk}:steps"
+    await journal._store.call(steps, "DEL", steps)
+    journal._came_back()
+
+    doubtful = counting(held, 2)
+    assert await journal.commit("risk", "risk", doubtful) == doubtful
+    again = await journal.read("risk", "risk", limit=2)
+    assert ids(again)[0] == ids(held)[0]
+    assert again[0].tenure != held[0].tenure
