@@ -270,6 +270,7 @@ async def test_replaying_twice_has_one_effect(broker: MessageBroker, shop: type[
         await queue.replay(ALL_DEAD)
         await till.publish(ORDER, {"n": 2})
         await eventually(lambda: stall.billed == [1, 2])
+        await stall.consumer.drained()
 
         assert len(await said(journal, BILL)) == 2
 

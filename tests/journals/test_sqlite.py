@@ -230,7 +230,7 @@ async def test_a_full_disk_is_a_typed_error_and_resumes(small_disk: Path) -> Non
             await journal.append([Record("order", each, bytes(2000), "k") for each in batch])
             accepted.extend(batch)
 
-    async with SQLiteJournal(small_disk / "journal.db") as journal:
+    async with SQLiteJournal(small_disk / "journal.db", full_s=0.3) as journal:
         await journal.declare("risk", ["order"])
         with pytest.raises(BrokerUnavailableError, match=r"journal.db cannot grow: the disk is"):
             await fill(journal)

@@ -144,7 +144,7 @@ async def test_a_mesh_lives_through_all_that_can_happen_to_its_redis(
         # Refusals ended the hawker's source, which was called again each time
         assert [words[0] for words in pair.notes("hawker")].count("called") > 3
         await pair.starts_anew("counter", harm.kill, harm.start)
+        await pair.closes()
     finally:
         stopped = await asyncio.to_thread(run_mesh, "down", cwd=tmp_path)
     assert stopped.code == 0, stopped
-    await pair.adds_up()

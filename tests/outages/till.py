@@ -1,4 +1,4 @@
-"""Says numbered orders without end, and swears to which of them were kept and which refused."""
+"""Says numbered orders until it must close, and swears to which were kept and which refused."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ class Till(Agent):
     def note(self, *words: object) -> None:
         os.write(self.notes, (" ".join(map(str, words)) + "\n").encode())
 
+    def is_closing(self) -> bool:
+        return os.path.exists(os.path.join(os.environ["MESH_DIR"], "closing"))
+
     @source
     async def sell(self) -> None:
         for number in count(1):
+            if self.is_closing():
+                self.note("closed")
+                return
             try:
                 await self.publish(ORDER, {"n": number}, key=f"k{number % _KEYS}")
             except BrokerUnavailableError as error:
