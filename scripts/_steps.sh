@@ -25,8 +25,9 @@ lint_and_types() {
   step "mypy" "$venv/bin/mypy"
 }
 
-# Tests run a mesh of processes each; more than eight at a time only get in each other's way.
-# At least two, so that tests that cannot stand a neighbour are found on any machine.
+# Many tests wait for processes of theirs to begin or end, so there is one worker more than there are
+# cores; more than eight only get in each other's way. At least two, so that tests that cannot stand
+# a neighbour are found on any machine.
 run_pytest() {
   export PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(_workers)}
   "$venv/bin/python" -m pytest -n auto --dist worksteal "$@"
@@ -39,5 +40,5 @@ _workers() {
   if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$quota" != max ]; then
     count=$((quota / period < count ? quota / period : count))
   fi
-  echo $((count < 2 ? 2 : count > 8 ? 8 : count))
+  echo $((count > 7 ? 8 : count + 1))
 }
