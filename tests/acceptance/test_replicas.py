@@ -310,7 +310,8 @@ async def test_live_events_are_shared_and_the_account_closes(
             for view in views
             if "features.computed" in view.out
         )
-        assert answers == link["received"]
+        # Who is killed between saying the answer and noting so has its quote counted as lost
+        assert answers - link["received"] in {0, 1}
         assert facts["groups"]["features"]["replicas"] == 2
         assert facts["groups"]["features"]["lost"] == link["lost"]
         assert {
