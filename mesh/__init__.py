@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mesh import filters, middleware
-    from mesh.agent import Agent, AgentContext, every, on, source
+    from mesh.agent import Agent, AgentContext
     from mesh.broker import MessageBroker
     from mesh.brokers.memory import InMemoryMessageBroker
     from mesh.brokers.redis import RedisMessageBroker
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from mesh.inprocess import InProcessMesh
     from mesh.journal import DeadQuery
     from mesh.launch import launch
+    from mesh.marks import every, on, source
     from mesh.outcomes import Reject, Retry, Skip
     from mesh.publisher import EventPublisher, PublisherConfig
     from mesh.requests import Requester
@@ -64,7 +65,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "mesh.agent": ("Agent", "AgentContext", "every", "on", "source"),
+    "mesh.agent": ("Agent", "AgentContext"),
+    "mesh.marks": ("every", "on", "source"),
     "mesh.broker": ("MessageBroker",),
     "mesh.brokers.memory": ("InMemoryMessageBroker",),
     "mesh.brokers.redis": ("RedisMessageBroker",),

@@ -16,26 +16,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import logging
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mesh.clock import SYSTEM_CLOCK
 from mesh.config import MessageBusConfig
 from mesh.consumer import ConsumerConfig, EventConsumer
 from mesh.context import HandlerContext, current_context
 from mesh.deadletters import DeadLetters
-from mesh.errors import HandlerSignatureError, PayloadError, is_outage
-from mesh.handlers import EventHandlerRegistry, HandlerPriority, signature_of
+from mesh.errors import PayloadError, is_outage
+from mesh.handlers import EventHandlerRegistry
 from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.ledger_views import Backlog
 from mesh.logs import Sparing
-from mesh.middleware.filter import only
+from mesh.marks import check_marked, handlers_marked, is_source, marked_methods, period_of
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.replicas import MAX_REPLICAS
 from mesh.requests import Requester
 from mesh.retry import OUTAGE
-from mesh.topics import check_topic
 from mesh.values import Value, field
 
 if TYPE_CHECKING:
@@ -53,109 +51,13 @@ if TYPE_CHECKING:
     from mesh.broker import MessageBroker
     from mesh.clock import Clock
     from mesh.events import Event
-    from mesh.filters import Filter
     from mesh.handlers import Middleware
-    from mesh.retry import RetryPolicy
     from mesh.workers import WorkerPool
-
-_Method = TypeVar("_Method", bound="Callable[..., Awaitable[Any]]")
-
-_ON = "__mesh_on__"
-_EVERY = "__mesh_every__"
-_SOURCE = "__mesh_source__"
 
 #: A source that ran for so long had found the fabric well.
 _STEADY_S = 30.0
 #: `headroom` waits while more events than this are under way in the mesh.
 MAX_UNDER_WAY = 8192
-
-
-class _Marked(Value, frozen=True):
-    """What `@on` was told."""
-
-    topics: tuple[str, ...]
-    priority: HandlerPriority
-    timeout_s: float | None
-    max_retries: int | None
-    retry: RetryPolicy | None
-    middleware: tuple[Middleware, ...]
-
-
-def on(
-    *event_types: str,
-    priority: HandlerPriority = HandlerPriority.NORMAL,
-    filter: Filter | Callable[[Event], bool] | None = None,
-    timeout_s: float | None = None,
-    max_retries: int | None = None,
-    retry: RetryPolicy | None = None,
-    middleware: Sequence[Middleware] = (),
-) -> Callable[[_Method], _Method]:
-    """
-    Make a method the handler of one or more event types.
-
-    Args:
-        event_types: What to hear.
-        priority: Urgent events overtake a backlog of less urgent ones.
-        filter: Only events for which this holds (see `mesh.filters`).
-        timeout_s: Cancel the handler after so many seconds; default: the settings' limit.
-        max_retries: Tries after the first failed; default: the settings'.
-        retry: How often, how fast and after which errors to try again; instead of `max_retries`.
-        middleware: Around this handler only, the first outermost.
-
-    Raises:
-        TopicError: A type breaks the topic grammar.
-        HandlerSignatureError: No type is given.
-    """
-    if not event_types or callable(event_types[0]):
-        raise HandlerSignatureError("@on needs event types: @on(EventType.MARKET_DATA_RECEIVED)")
-    layers = (*((only(filter),) if filter is not None else ()), *middleware)
-    marked = _Marked(
-        tuple(check_topic(name) for name in event_types),
-        priority,
-        timeout_s,
-        max_retries,
-        retry,
-        layers,
-    )
-
-    def mark(method: _Method) -> _Method:
-        setattr(method, _ON, (*getattr(method, _ON, ()), marked))
-        return method
-
-    return mark
-
-
-def every(seconds: float) -> Callable[[_Method], _Method]:
-    """
-    Call a method again and again while the agent runs; a slow call delays the next one.
-
-    Args:
-        seconds: From the start of one call to the start of the next.
-
-    Raises:
-        ValueError: `seconds` is not above 0.
-    """
-    if not seconds > 0:
-        raise ValueError(f"@every needs seconds above 0, got {seconds!r}")
-
-    def mark(method: _Method) -> _Method:
-        setattr(method, _EVERY, float(seconds))
-        return method
-
-    return mark
-
-
-def source(method: _Method) -> _Method:
-    """
-    Make a method the agent's source: it starts once all agents of the mesh are READY.
-
-    It may return when its input ends. When it raises, the agent ends with an error (and supervisord
-    starts it anew). Only when it raises because the fabric or the journal is away, the agent lives
-    on and calls it again, as a new process would: a source goes on where its `ctx.state` (or
-    `published`) says it was.
-    """
-    setattr(method, _SOURCE, True)
-    return method
 
 
 class AgentContext(Value, frozen=True, kw_only=True):
@@ -212,11 +114,7 @@ class Agent:
                 arguments, or one of them is no coroutine function.
         """
         super().__init_subclass__(**options)
-        for _, method in _marked_methods(cls):
-            if hasattr(method, _ON):
-                signature_of(method, bound=False)
-            if hasattr(method, _EVERY) or hasattr(method, _SOURCE):
-                _check_plain(method)
+        check_marked(cls)
 
     def __init__(self, context: AgentContext) -> None:
         """Join parts; nothing runs yet."""
@@ -441,8 +339,8 @@ class Agent:
         return sorted(
             {
                 topic
-                for _, method in _marked_methods(cls)
-                for marked in getattr(method, _ON, ())
+                for _, method in marked_methods(cls)
+                for marked in handlers_marked(method)
                 for topic in marked.topics
             }
         )
@@ -450,7 +348,7 @@ class Agent:
     @classmethod
     def has_source(cls) -> bool:
         """Say whether the class has a `@source`."""
-        return any(hasattr(method, _SOURCE) for _, method in _marked_methods(cls))
+        return any(is_source(method) for _, method in marked_methods(cls))
 
     async def open(self) -> None:
         """Set up, register the handlers and subscribe; READY afterwards."""
@@ -467,8 +365,8 @@ class Agent:
         ledger.set("state", STATES.index("ready"))
 
     async def _register(self) -> None:
-        for name, method in _marked_methods(type(self)):
-            for marked in getattr(method, _ON, ()):
+        for name, method in marked_methods(type(self)):
+            for marked in handlers_marked(method):
                 for topic in marked.topics:
                     await self.registry.register(
                         topic,
@@ -485,15 +383,13 @@ class Agent:
     async def work(self) -> None:
         """Run timers and sources; returns when all sources have, and never with a timer."""
         async with asyncio.TaskGroup() as tasks:
-            for name, method in _marked_methods(type(self)):
-                if hasattr(method, _EVERY):
-                    tasks.create_task(
-                        self._repeat(getattr(self, name), getattr(method, _EVERY)), name=name
-                    )
+            for name, method in marked_methods(type(self)):
+                if (seconds := period_of(method)) is not None:
+                    tasks.create_task(self._repeat(getattr(self, name), seconds), name=name)
             sources = [
                 getattr(self, name)
-                for name, method in _marked_methods(type(self))
-                if hasattr(method, _SOURCE)
+                for name, method in marked_methods(type(self))
+                if is_source(method)
             ]
             if sources:
                 tasks.create_task(self._run_sources(sources), name="sources")
@@ -571,31 +467,3 @@ class Agent:
                     self.log.exception("%s", words)
             # A call that took too long skips the beats it missed instead of hurrying after them
             due_s = max(due_s + seconds, self.clock.mono_s())
-
-
-def _marked_methods(cls: type[Agent]) -> list[tuple[str, Callable[..., Awaitable[Any]]]]:
-    """List the marked methods as they stand in the class, overridden ones once, in order."""
-    found: dict[str, Callable[..., Awaitable[Any]]] = {}
-    for base in reversed(cls.__mro__):
-        for name, value in vars(base).items():
-            if any(hasattr(value, mark) for mark in (_ON, _EVERY, _SOURCE)):
-                found[name] = value
-            else:
-                found.pop(name, None)
-    return list(found.items())
-
-
-def _check_plain(method: Callable[..., Awaitable[Any]]) -> None:
-    name = getattr(method, "__qualname__", repr(method))
-    if not inspect.iscoroutinefunction(method):
-        raise HandlerSignatureError(f"{name} is not a coroutine function: write `async def`")
-    needed = [
-        each
-        for each in list(inspect.signature(method).parameters.values())[1:]
-        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-    ]
-    if needed:
-        raise HandlerSignatureError(
-            f"{name} takes {', '.join(each.name for each in needed)};"
-            " timers and sources take nothing but self"
-        )

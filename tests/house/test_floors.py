@@ -11,7 +11,7 @@ from tests.plumbing.sources import files_under, imports_of, modules_of_mesh, nam
 FLOORS: list[tuple[str, list[set[str]]]] = [
     ("12 faces", [{"cli.*", "dashboard.*", "testing.*"}]),
     ("11 process", [{"launch", "survey"}, {"runtime", "inprocess"}, {"loading"}]),
-    ("10 agent", [{"agent"}]),
+    ("10 agent", [{"agent"}, {"marks"}]),
     ("9 supervision", [{"supervision.*"}]),
     ("8 assembly", [{"factory"}]),
     ("7 settings", [{"config"}]),
