@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import heapq
 import os
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from mesh.clock import SYSTEM_CLOCK
 from mesh.errors import BackpressureError, ClosedError, ConfigurationError
 from mesh.journal import (
     ALL_DEAD,
-    LEASE_S,
     MAX_UNSETTLED,
-    PARTITIONS,
     DeadCount,
     DeadQuery,
     Delivery,
@@ -26,132 +22,14 @@ from mesh.journal import (
     GroupView,
     Stored,
 )
-from mesh.journals.local import Bells, LocalJournal, count_letters, share_of, still_lives
+from mesh.journals.local import LocalJournal, count_letters, share_of, still_lives
+from mesh.journals.memory_store import Group, Kept, Lane, Member, MemoryStore
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 
-    from mesh.clock import Clock
     from mesh.deadletters import DeadLetter
     from mesh.journal import Record, Step
-
-MAX_BYTES = 1024**3
-
-
-@dataclass(slots=True, eq=False)
-class _Kept:
-    seq: int
-    record: Record
-    partition: int
-    at_s: float
-    #: Groups that have not settled it.
-    owed: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Consumer:
-    name: str
-    lease_until_s: float
-    held: dict[int, _Kept] = field(default_factory=dict)
-    #: A suspect it was handed; nothing else goes out beside it.
-    alone: int | None = None
-    #: Changes when it gets partitions.
-    tenure: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Lane:
-    """One partition of one group: what nobody holds, the oldest on top."""
-
-    owner: _Consumer | None = None
-    waiting: list[tuple[int, _Kept]] = field(default_factory=list)
-    #: What a lost consumer was handed.
-    suspects: set[int] = field(default_factory=set)
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    name: str
-    topics: set[str] = field(default_factory=set)
-    lanes: list[_Lane] = field(default_factory=lambda: [_Lane() for _ in range(PARTITIONS)])
-    consumers: dict[str, _Consumer] = field(default_factory=dict)
-    #: How often a suspect was handed out.
-    counts: dict[int, int] = field(default_factory=dict)
-    done: dict[int, set[str]] = field(default_factory=dict)
-    state: dict[str, bytes] = field(default_factory=dict)
-    #: Somebody holds partitions that are another's by right.
-    unsettled_shares: bool = False
-    #: How often partitions were given to somebody.
-    tenures: int = 0
-
-
-class MemoryStore:
-    """
-    What journals of one process share.
-
-    Args:
-        max_bytes: Frames kept at most; settled ones are forgotten first, then `append` refuses.
-        lease_s: How long a silent consumer keeps what it owns.
-        clock: Where time comes from.
-    """
-
-    def __init__(
-        self, *, max_bytes: int = MAX_BYTES, lease_s: float = LEASE_S, clock: Clock = SYSTEM_CLOCK
-    ) -> None:
-        """Begin empty."""
-        self.max_bytes = max_bytes
-        self.lease_s = lease_s
-        self.clock = clock
-        self.bells = Bells()
-        self.groups: dict[str, _Group] = {}
-        self.log: dict[int, _Kept] = {}
-        self.ids: dict[str, int] = {}
-        self.letters: dict[str, DeadLetter] = {}
-        self.bytes = 0
-        self._seq = 0
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.log.clear()
-        self.ids.clear()
-        self.groups.clear()
-        self.letters.clear()
-        self.bytes = 0
-
-    def add(self, record: Record) -> bool:
-        """Keep an event for every group that hears it, unless its id is known."""
-        if record.id in self.ids:
-            return False
-        self._seq += 1
-        kept = _Kept(self._seq, record, record.partition, self.clock.time_s())
-        self.log[kept.seq] = kept
-        self.ids[record.id] = kept.seq
-        self.bytes += len(record.frame)
-        for group in self.groups.values():
-            if record.topic in group.topics:
-                self.owe(group, kept)
-        return True
-
-    def owe(self, group: _Group, kept: _Kept) -> None:
-        """Put an event on a group's list."""
-        kept.owed += 1
-        heapq.heappush(group.lanes[kept.partition].waiting, (kept.seq, kept))
-
-    def forget(self, *, before_s: float | None, max_bytes: int | None) -> int:
-        """Remove settled events that are older, and the oldest until the rest is smaller."""
-        gone = []
-        left = self.bytes
-        for kept in self.log.values():
-            old = before_s is not None and kept.at_s < before_s
-            if not old and (max_bytes is None or left <= max_bytes):
-                break
-            if not kept.owed:
-                gone.append(kept)
-                left -= len(kept.record.frame)
-        for kept in gone:
-            del self.log[kept.seq], self.ids[kept.record.id]
-        self.bytes = left
-        return len(gone)
 
 
 class MemoryJournal(LocalJournal):
@@ -171,7 +49,7 @@ class MemoryJournal(LocalJournal):
         """Begin unconnected."""
         self.store = store or MemoryStore()
         super().__init__(self.store.bells)
-        self._mine: dict[tuple[str, str], _Consumer] = {}
+        self._mine: dict[tuple[str, str], Member] = {}
 
     async def connect(self) -> None:
         """Open: memory is always there."""
@@ -195,7 +73,7 @@ class MemoryJournal(LocalJournal):
     async def declare(self, group: str, topics: Collection[str], *, start: str = "now") -> None:
         """Make a group hear topics."""
         self._require_open()
-        found = self.store.groups.setdefault(group, _Group(group))
+        found = self.store.groups.setdefault(group, Group(group))
         new = set(topics) - found.topics
         found.topics |= new
         if start == "earliest":
@@ -216,7 +94,7 @@ class MemoryJournal(LocalJournal):
     async def commit(self, group: str, consumer: str, steps: Sequence[Step]) -> list[Step]:
         """Apply steps; each one that is refused changes nothing."""
         self._require_open()
-        found = self.store.groups.setdefault(group, _Group(group))
+        found = self.store.groups.setdefault(group, Group(group))
         me = self._member(found, consumer)
         self._make_room([record for step in steps for record in step.records])
         refused = [step for step in steps if not self._apply(found, me, step)]
@@ -399,14 +277,14 @@ class MemoryJournal(LocalJournal):
     def _heard(self, group: str) -> Set[str] | None:
         return self._group(group).topics
 
-    def _hand_out_alone(self, group: _Group, me: _Consumer, lane: _Lane) -> Delivery:
+    def _hand_out_alone(self, group: Group, me: Member, lane: Lane) -> Delivery:
         seq = lane.waiting[0][0]
         me.alone = seq
         if seq in lane.suspects:
             group.counts[seq] = group.counts.get(seq, 1) + 1
         return self._hand_out(group, me, lane)
 
-    def _hand_out(self, group: _Group, me: _Consumer, lane: _Lane) -> Delivery:
+    def _hand_out(self, group: Group, me: Member, lane: Lane) -> Delivery:
         seq, kept = heapq.heappop(lane.waiting)
         me.held[seq] = kept
         record = kept.record
@@ -423,7 +301,7 @@ class MemoryJournal(LocalJournal):
 
     # -- settling ------------------------------------------------------------------------------
 
-    def _apply(self, group: _Group, me: _Consumer | None, step: Step) -> bool:
+    def _apply(self, group: Group, me: Member | None, step: Step) -> bool:
         owed = [*step.acks, *(delivery for delivery, _ in step.done)]
         if owed and (me is None or any(_seq(each) not in me.held for each in owed)):
             return False
@@ -442,7 +320,7 @@ class MemoryJournal(LocalJournal):
                 group.state[name] = value
         return True
 
-    def _settle(self, group: _Group, me: _Consumer, kept: _Kept) -> None:
+    def _settle(self, group: Group, me: Member, kept: Kept) -> None:
         kept.owed -= 1
         group.counts.pop(kept.seq, None)
         group.done.pop(kept.seq, None)
@@ -450,7 +328,7 @@ class MemoryJournal(LocalJournal):
         if me.alone == kept.seq:
             me.alone = None
 
-    def _give_back(self, group: _Group, me: _Consumer, kept: _Kept) -> None:
+    def _give_back(self, group: Group, me: Member, kept: Kept) -> None:
         heapq.heappush(group.lanes[kept.partition].waiting, (kept.seq, kept))
         if me.alone == kept.seq:
             me.alone = None
@@ -478,19 +356,19 @@ class MemoryJournal(LocalJournal):
 
     # -- owning --------------------------------------------------------------------------------
 
-    def _group(self, name: str) -> _Group:
+    def _group(self, name: str) -> Group:
         if name not in self.store.groups:
             raise ConfigurationError(
                 f"group {name!r} was never declared; call `await journal.declare(group, topics)`"
             )
         return self.store.groups[name]
 
-    def _member(self, group: _Group, name: str) -> _Consumer | None:
+    def _member(self, group: Group, name: str) -> Member | None:
         """Give a consumer of this journal that still owns something in the group."""
         me = self._mine.get((group.name, name))
         return me if me is not None and group.consumers.get(name) is me else None
 
-    def _join(self, group: _Group, name: str) -> _Consumer:
+    def _join(self, group: Group, name: str) -> Member:
         me, there = self._mine.get((group.name, name)), group.consumers.get(name)
         if me is not None and there is me:
             return me
@@ -501,13 +379,13 @@ class MemoryJournal(LocalJournal):
             )
         if there is not None:
             self._bury(group, there, heir=True)
-        me = _Consumer(name, self.store.clock.mono_s() + self.store.lease_s)
+        me = Member(name, self.store.clock.mono_s() + self.store.lease_s)
         self._mine[group.name, name] = me
         group.consumers[name] = me
         self._share_out(group)
         return me
 
-    def _bury(self, group: _Group, dead: _Consumer, *, heir: bool = False) -> None:
+    def _bury(self, group: Group, dead: Member, *, heir: bool = False) -> None:
         for seq, kept in dead.held.items():
             lane = group.lanes[kept.partition]
             heapq.heappush(lane.waiting, (seq, kept))
@@ -519,7 +397,7 @@ class MemoryJournal(LocalJournal):
         else:
             self._remove(group, dead)
 
-    def _remove(self, group: _Group, gone: _Consumer) -> None:
+    def _remove(self, group: Group, gone: Member) -> None:
         gone.held.clear()
         del group.consumers[gone.name]
         for lane in group.lanes:
@@ -527,7 +405,7 @@ class MemoryJournal(LocalJournal):
         self._share_out(group)
         self._tell(group.topics)
 
-    def _share_out(self, group: _Group) -> None:
+    def _share_out(self, group: Group) -> None:
         """Give every partition to whom it belongs, unless its owner holds some of its events."""
         group.unsettled_shares = False
         group.tenures += 1
@@ -542,12 +420,12 @@ class MemoryJournal(LocalJournal):
                 rightful.tenure = group.tenures
             lane.owner = rightful
 
-    def _settle_shares(self, group: _Group) -> None:
+    def _settle_shares(self, group: Group) -> None:
         if group.unsettled_shares:
             self._share_out(group)
 
 
-def _owed_to(group: _Group) -> list[_Kept]:
+def _owed_to(group: Group) -> list[Kept]:
     waiting = [kept for lane in group.lanes for _, kept in lane.waiting]
     return waiting + [kept for each in group.consumers.values() for kept in each.held.values()]
 

@@ -10,7 +10,8 @@ from mesh.agent import Agent
 from mesh.brokers.memory import InMemoryMessageBroker
 from mesh.clock import SYSTEM_CLOCK
 from mesh.inprocess import InProcessMesh
-from mesh.journals.memory import MemoryJournal, MemoryStore
+from mesh.journals.memory import MemoryJournal
+from mesh.journals.memory_store import MemoryStore
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.topics import PRIVATE_PREFIX
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.deadletters import DeadLetter
 from mesh.journal import LEASE_S, PARTITIONS, Delivery, Journal, Record, Step, partition_of
-from mesh.journals.memory import MemoryJournal, MemoryStore
+from mesh.journals.memory import MemoryJournal
+from mesh.journals.memory_store import MemoryStore
 from mesh.journals.redis import RedisJournal
 from mesh.journals.sqlite import SQLiteJournal
 from mesh.testing import FakeClock

@@ -17,7 +17,8 @@ from mesh import (
     on,
 )
 from mesh.journal import LEASE_S
-from mesh.journals.memory import MemoryJournal, MemoryStore
+from mesh.journals.memory import MemoryJournal
+from mesh.journals.memory_store import MemoryStore
 from mesh.testing import FakeClock
 from tests.plumbing.processes import eventually
 
