@@ -18,15 +18,13 @@ from mesh.context import HandlerContext
 from mesh.deadletters import DeadLetters
 from mesh.errors import ClosedError, ConfigurationError, FrameError, MeshError, is_outage
 from mesh.events import is_durable
+from mesh.gaps import Gaps
 from mesh.handlers import Handler, HandlerPriority
 from mesh.inbox import Arrival
 from mesh.intake import DurableIntake, Kept
 from mesh.journal import Step, cannot_keep
 from mesh.ledger import (
     IN_DROPPED,
-    IN_EPOCH,
-    IN_LAST,
-    IN_LOST,
     IN_PASSED,
     IN_RECEIVED,
     IN_SETTLED,
@@ -54,8 +52,6 @@ _log = logging.getLogger(__name__)
 _LANE_OF = {priority: lane for lane, priority in enumerate(HandlerPriority)}
 _UNNUMBERED = "(unnumbered)"
 _FRAMES, _REJECTED_FRAMES = Ledger.at("frames"), Ledger.at("rejected_frames")
-#: Numbers further behind the last one are no late ones: the last one was a lie.
-_LATE_NUMBERS = 20_000
 #: Links whose place in the ledger is remembered; anybody can make up names of publishers.
 _MAX_LINKS = 10_000
 
@@ -95,6 +91,7 @@ class EventConsumer:
         self.group = config.group or config.agent_name
         self.dead_letters = config.dead_letters or DeadLetters(self.group, config.broker.bury)
         self._cells = self.ledger.cells
+        self._gaps = Gaps(config.agent_name, self.ledger)
         self._links: dict[tuple[str, str], int] = {}
         self._routes: dict[str, _Route] = {}
         self._state: dict[str, bytes] = {}
@@ -344,7 +341,7 @@ class EventConsumer:
                 self._links[batch.publisher, topic] = at
         arrived = len(batch.events) + len(batch.rejected or ())
         if batch.epoch:
-            arrived = self._check_sequence(at, batch)
+            arrived = self._gaps.check(at, batch, shared=self._slots_of_mine is not None)
             if not arrived:
                 return
         cells = self._cells
@@ -362,63 +359,6 @@ class EventConsumer:
             cells[at + IN_SETTLED] += len(batch.events)
         elif batch.events:
             self._put(Arrival(batch.events, handlers, route.lane, at))
-
-    def _check_sequence(self, at: int, batch: codec.Batch) -> int:
-        """Count what is missing before this batch; gives how many it covers, 0: it is too late."""
-        cells = self._cells
-        last = cells[at + IN_LAST]
-        if cells[at + IN_EPOCH] != batch.epoch:
-            if batch.epoch < cells[at + IN_EPOCH]:
-                return batch.count  # a second publisher of the same name, older than the one known
-            # Who was listening before the numbering began was meant to get it from 1 on
-            listened = 0 < self._listening_since_ns() < batch.epoch
-            last = 0 if listened else batch.first - 1
-            cells[at + IN_EPOCH] = batch.epoch
-        missing = batch.first - last - 1
-        if missing > 0:
-            # The frame claims it, whoever sent it: a sum that fits whatever is claimed
-            where = at + (IN_LOST if self._slots_of_mine is None else IN_PASSED)
-            cells[where] = min(cells[where] + missing, codec.MAX_SEQUENCE)
-            _log.warning(
-                "%s %s %d events of %s on %s (numbers %d to %d)",
-                self.agent_name,
-                "lost" if self._slots_of_mine is None else "missed, for itself and other replicas,",
-                missing,
-                batch.publisher,
-                batch.topic,
-                last + 1,
-                batch.first - 1,
-            )
-        newest = batch.first + batch.count - 1
-        if newest > last:
-            cells[at + IN_LAST] = newest
-        elif last - newest < _LATE_NUMBERS and not self.ledger.is_shared(at):
-            self._say_late(batch, last)
-            return 0
-        return batch.count
-
-    def _say_late(self, batch: codec.Batch, last: int) -> None:
-        """
-        Leave a batch aside that younger ones have overtaken: they were counted as missing then.
-
-        A publisher was killed while a stalled forwarder still held frames of it, and those of its
-        successor came through first.
-        """
-        self.ledger.count("late", batch.count)
-        _log.warning(
-            "%s leaves %d events of %s on %s aside, which came after younger ones (numbers %d to %d"
-            " after %d)",
-            self.agent_name,
-            batch.count,
-            batch.publisher,
-            batch.topic,
-            batch.first,
-            batch.first + batch.count - 1,
-            last,
-        )
-
-    def _listening_since_ns(self) -> int:
-        return self.ledger.get("ready_at_us") * 1000
 
     def _say_disagreement(self, publisher: str, topic: str) -> None:
         self.ledger.count("live_where_durable")

@@ -20,7 +20,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
         [
             {"requests", "dead_letter_queue"},
             {"publisher", "consumer", "workers"},
-            {"intake", "outbox", "sharing", "slots"},
+            {"gaps", "intake", "outbox", "sharing", "slots"},
             {"consumer_config", "replay", "replay_bell"},
         ],
     ),
