@@ -71,7 +71,9 @@ def _import(path: Path) -> ModuleType:
     if relative is not None and all(part.isidentifier() for part in relative.with_suffix("").parts):
         if str(root) not in sys.path:
             sys.path.insert(0, str(root))
-        return importlib.import_module(".".join(relative.with_suffix("").parts))
+        name = ".".join(relative.with_suffix("").parts)
+        if _is_found_at(name, path):
+            return importlib.import_module(name)
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None
     assert specification.loader is not None
@@ -81,6 +83,15 @@ def _import(path: Path) -> ModuleType:
     sys.path.append(str(path.resolve().parent))
     specification.loader.exec_module(module)
     return module
+
+
+def _is_found_at(name: str, path: Path) -> bool:
+    """Say whether a dotted name means this file, and not one of an installed package."""
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return True  # the import says why
+    return found is not None and found.origin is not None and path.samefile(found.origin)
 
 
 def _last_words(error: Exception) -> str:

@@ -36,6 +36,7 @@ COMMANDS = {
     "dlq": ("dlq", "Look at dead letters, send them back, correct them, throw them away."),
     "journal": ("journal", "Look at what is kept for whom; forget what nobody needs."),
     "agents": ("agents", "Show who hears and says what."),
+    "init": ("scaffold", "Begin a project: a supervisord.conf without agents."),
     "new": ("scaffold", "Write a new agent: script, test, and its place in supervisord.conf."),
     "doctor": ("checkup", "Check the environment, the run directory and the running mesh."),
 }

@@ -1,4 +1,4 @@
-"""`mesh new`: a working agent, its test, and its place in supervisord.conf."""
+"""`mesh init` and `mesh new`: a project; an agent, its test, its place in supervisord.conf."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import contextlib
 import keyword
 import re
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import click
 
 from mesh.cli import say
 from mesh.cli.place import CONF, Place
-from mesh.cli.templates import SECTION, agent_script, agent_test
+from mesh.cli.templates import agent_script, agent_section, agent_test, configuration
 from mesh.errors import TopicError
 from mesh.supervision.conf import INFRASTRUCTURE, programs_of, script_of
 from mesh.topics import PRIVATE_PREFIX, check_topic
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
 #: Names of the mesh's own processes, locks and logs, and of the file with the payloads.
@@ -32,6 +29,31 @@ RESERVED = (
     "payloads",
     "test",
 )
+
+
+@click.command()
+@click.argument("folder", metavar="[DIR]", default=".", type=click.Path(path_type=Path))
+def init(folder: Path) -> None:
+    """
+    Begin a project: a supervisord.conf to which `mesh new` adds agents.
+
+    Nothing that is there is touched. The file names the Python that runs this command: that of the
+    project's .venv, where it has one.
+
+    \b
+    Example:
+      mesh init shop && cd shop
+      mesh new till --says order.requested
+      mesh up -d
+    """  # noqa: D301
+    folder.mkdir(parents=True, exist_ok=True)
+    conf = folder / CONF
+    try:
+        with conf.open("x") as file:
+            file.write(configuration(_python_for(folder.resolve())))
+    except FileExistsError:
+        raise click.UsageError(f"{conf} exists already; it is left as it is") from None
+    say.line(f"wrote {conf}; `mesh new NAME` adds an agent, `mesh up` starts them")
 
 
 @click.command()
@@ -60,8 +82,12 @@ def new(name: str, hears: str, says: str | None) -> None:
         raise click.UsageError(f"an agent that hears what it says, {hears}, would never rest")
     script, test = project / "agents" / f"{name}.py", project / "tests" / f"test_{name}.py"
     conf = project / CONF
+    package = project / "agents" / "__init__.py"
+    # Without it another package of this name, wherever it is installed, would be taken for it
+    begin = {} if package.exists() else {package: '"""The agents of this project, one a file."""\n'}
     _write(
         {
+            **begin,
             script: agent_script(name, *topics),
             test: agent_test(name, *topics, payload=_sample(project, topics[0])),
             conf: conf.read_text() + _section(project, name),
@@ -71,6 +97,14 @@ def new(name: str, hears: str, says: str | None) -> None:
     shown = test.relative_to(project)
     say.line(f"wrote {shown}: run it with `python -m pytest {shown}`")
     say.line(f"added [program:{name}] to {CONF}; `mesh reload` starts it in a running mesh")
+
+
+def _python_for(project: Path) -> str:
+    """Name the interpreter as supervisord.conf does; one of the project's own moves with it."""
+    own = project / ".venv" / "bin" / "python"
+    if own.exists() and own.parent == Path(sys.executable).parent:
+        return f"%(here)s/.venv/bin/{own.name}"
+    return sys.executable.replace("%", "%%")
 
 
 def _checked(topic: str) -> str:
@@ -134,7 +168,13 @@ def _section(project: Path, name: str) -> str:
                 lines = [each for each in found[0].splitlines() if not each.startswith(";")]
                 section = "\n".join(lines).rstrip() + "\n"
                 return gap + re.sub(rf"\b{re.escape(other)}\b", name, section)
-    return gap + SECTION.format(name=name)
+    return gap + agent_section(name, _python_in(text) or "%(here)s/.venv/bin/python")
+
+
+def _python_in(text: str) -> str | None:
+    """Give the interpreter that the mesh's own programs are run with."""
+    found = re.search(r"^command=(.+) -m mesh\.supervision\.monitor$", text, re.MULTILINE)
+    return None if found is None else found[1]
 
 
 def _sample(project: Path, topic: str) -> dict[str, object]:

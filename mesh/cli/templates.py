@@ -10,17 +10,57 @@ from typing import Any
 
 from mesh.events import EventType
 
-#: For a supervisord.conf that has no agent to take the form from.
-SECTION = """\
+#: A supervisord.conf that has no agent yet.
+_CONFIGURATION = """\
+; LEGION mesh: every agent a process, kept by supervisord.
+;
+;   mesh up                              renders this file for MESH_DIR and starts it
+;   supervisord -c supervisord.conf      starts it as it stands, in .mesh beside this file
+;
+; One [program:NAME] an agent: the program, the script agents/NAME.py, the source of its heartbeats
+; and the agent= in its log carry the same name. `mesh new NAME` adds one.
+
+[supervisord]
+directory=%(here)s
+logfile=%(here)s/.mesh/log/supervisord.log
+logfile_maxbytes=5MB
+logfile_backups=2
+pidfile=%(here)s/.mesh/run/supervisord.pid
+childlogdir=%(here)s/.mesh/log
+umask=077
+environment=MESH_DIR="%(here)s/.mesh",MESH_SUPERVISED="1"
+
+[unix_http_server]
+file=%(here)s/.mesh/run/supervisor.sock
+chmod=0700
+
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+
+[supervisorctl]
+serverurl=unix://%(here)s/.mesh/run/supervisor.sock
+
+; exitcodes=78: a configuration error does not become right by trying again; everything else does.
+; stopasgroup=false: a group SIGTERM would kill the workers of a job in flight.
+; Output goes to small files of our own; agents log to log/NAME.log themselves.
+"""
+
+#: The processes that every mesh has, in the order of their start.
+_INFRASTRUCTURE = {
+    "forwarder": "mesh.brokers.forwarder",
+    "monitor": "mesh.supervision.monitor",
+}
+
+_PROGRAM = """\
 [program:{name}]
-command=%(here)s/.venv/bin/python -m mesh.runtime agents/{name}.py
+command={python} -m {module}
 environment=MESH_AGENT="{name}"
 directory=%(here)s
-priority=100
+priority={priority}
 autorestart=unexpected
 exitcodes=78
 startsecs=1
-startretries=3
+startretries={retries}
 stopwaitsecs=10
 stopasgroup=false
 killasgroup=true
@@ -79,6 +119,21 @@ async def test_it_answers(agent_harness: type[AgentHarness[Any]]) -> None:
         assert answer.data == {{"heard": asked.id}}
         assert answer.correlation_id == asked.correlation_id
 '''
+
+
+def configuration(python: str) -> str:
+    """Write a supervisord.conf for a mesh without agents; `python` is the interpreter's path."""
+    programs = [
+        _PROGRAM.format(name=name, python=python, module=module, priority=10 * number, retries=20)
+        for number, (name, module) in enumerate(_INFRASTRUCTURE.items(), 1)
+    ]
+    return "\n".join([_CONFIGURATION, *programs])
+
+
+def agent_section(name: str, python: str) -> str:
+    """Write the section of an agent, where there is none to take the form from."""
+    module = f"mesh.runtime agents/{name}.py"
+    return _PROGRAM.format(name=name, python=python, module=module, priority=100, retries=3)
 
 
 def agent_script(name: str, hears: str, says: str) -> str:

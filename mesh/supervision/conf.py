@@ -189,7 +189,7 @@ def _read(project: Path) -> configparser.RawConfigParser:
             parser.read_file(file)
     except OSError as error:
         raise ConfigurationError(
-            f"{path}: {error.strerror}; run this in a project that has one"
+            f"{path}: {error.strerror}; run this in a project that has one, or begin one: mesh init"
         ) from error
     except configparser.Error as error:
         raise ConfigurationError(f"{path}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -219,6 +220,23 @@ def test_the_doctor_sees_a_path_too_long(monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert told.exit_code == 1
     assert "too long for Unix sockets" in told.output
+
+
+# -- a project -------------------------------------------------------------------------------------
+
+
+def test_a_project_begins_with_the_programs_of_our_own(tmp_path: Path) -> None:
+    """The example's supervisord.conf is what `mesh init` writes, and the agents."""
+    made = call("init", str(tmp_path / "shop"))
+    again = call("init", str(tmp_path / "shop"))
+
+    written = (tmp_path / "shop" / "supervisord.conf").read_text()
+    ours = (ROOT / "supervisord.conf").read_text()
+    python = "%(here)s/.venv/bin/python"
+    assert made.exit_code == 0
+    assert ours.startswith(written.replace(sys.executable, python))
+    assert again.exit_code == 2
+    assert "left as it is" in again.output
 
 
 # -- text ------------------------------------------------------------------------------------------

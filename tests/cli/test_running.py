@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.plumbing.processes import MESH, eventually, run_mesh, running, wait_until
+from tests.plumbing.processes import MESH, eventually, run_mesh, run_program, running, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,6 +99,23 @@ def test_a_run_is_refused_while_a_mesh_runs(mesh: Path) -> None:
     assert refused.code == 75
     assert "already held by process" in refused.err
     assert run_mesh("status", cwd=mesh).code == 0
+
+
+def test_a_project_from_nothing_runs(tmp_path: Path) -> None:
+    shop = tmp_path / "shop"
+    run_mesh("init", str(shop), cwd=tmp_path)
+    run_mesh("new", "till", "--hears", "customer.came", cwd=shop)
+    tested = run_program(
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=shop
+    )
+    started = run_mesh("up", "-d", cwd=shop)
+    said = run_mesh("publish", "customer.came", '{"value": 1}', cwd=shop)
+    stopped = run_mesh("down", cwd=shop)
+
+    assert tested.code == 0, tested
+    assert started.code == 0, started
+    assert "till" in said.out + said.err
+    assert stopped.code == 0, stopped
 
 
 async def test_ctrl_c_ends_a_run_with_its_report(project: Path, own_mesh_dir: Path) -> None:
