@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh import BrokerUnavailableError, MessageBusConfig, RedisMessageBroker
+from mesh.cli.main import COMMANDS
 from mesh.errors import MeshError
 from tests.plumbing.processes import environment, processes_in, run_mesh, wait_until
 from tests.plumbing.redis_server import RedisServer
@@ -65,6 +66,35 @@ def _arguments_with_it() -> list[str]:
     return found
 
 
+#: Every command, and some that fail.
+WORKING = (
+    ("status",),
+    ("status", "--json"),
+    ("agents", "--json"),
+    ("doctor",),
+    ("logs",),
+    ("tail", "market.data.received", "-n", "1", "--json"),
+    ("publish", "hello.asked", '{"name": "Ada"}'),
+    ("publish", "hello.asked", "no json"),
+    ("dlq", "ls"),
+    ("dlq", "replay", "--all"),
+    ("journal", "ls"),
+    ("journal", "forget", "nobody", "--yes"),
+    ("init", "shop"),
+    ("new", "hello"),
+    ("restart", "features"),
+    ("scale", "features", "2"),
+    ("reload",),
+    ("nonsense",),
+)
+
+
+def test_every_command_is_tried() -> None:
+    tried = {command[0] for command in WORKING} | {"up", "down", "run"}
+
+    assert tried >= set(COMMANDS)
+
+
 def test_no_command_and_no_file_of_a_running_mesh_shows_it(
     project: Path, own_mesh_dir: Path, locked: RedisServer
 ) -> None:
@@ -74,20 +104,7 @@ def test_no_command_and_no_file_of_a_running_mesh_shows_it(
     said.append(started)
     try:
         assert started.code == 0, started
-        for command in (
-            ("status",),
-            ("status", "--json"),
-            ("agents",),
-            ("agents", "--json"),
-            ("doctor",),
-            ("logs",),
-            ("tail", "market.data.received", "-n", "1", "--json"),
-            ("publish", "hello.asked", '{"name": "Ada"}'),
-            ("publish", "hello.asked", "no json"),
-            ("restart", "features"),
-            ("reload",),
-            ("nonsense",),
-        ):
+        for command in WORKING:
             said.append(run_mesh(*command, cwd=project, env=settings))
         # A death with its traces, and an outage, with everybody at DEBUG
         victim = next(one for one in processes_in(own_mesh_dir) if "agents/risk.py" in one.command)
