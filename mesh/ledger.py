@@ -19,13 +19,13 @@ from __future__ import annotations
 import bisect
 import mmap
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mesh.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 MAGIC = 0x4C45_4749_4F4E_4C31
 VERSION = 1
@@ -60,6 +60,7 @@ HEADER = (
     "rejected_frames",
     "retired",
     "shared",
+    "boot",
 )
 CELL_OF = {name: 2 + index for index, name in enumerate(HEADER)}
 
@@ -186,7 +187,7 @@ class Ledger:
         self.cells[HISTOGRAM_AT + min(bucket, len(BUCKETS) - 1)] += 1
 
     def published(self, topic: str) -> int:
-        """Tell how many events this agent's name has published on a topic, ever."""
+        """Tell how many events this name has published on a topic since the machine began."""
         at = self._index.get((OUT, topic))
         return 0 if at is None else self.cells[at + OUT_SEQUENCE]
 
@@ -242,7 +243,13 @@ class Ledger:
         was_retired, cells[CELL_OF["retired"]] = cells[CELL_OF["retired"]], 0
         if was_retired:
             cells[CELL_OF["ready_at_us"]] = 0
+        boot, before = boot_id(), cells[CELL_OF["boot"]]
+        cells[CELL_OF["boot"]] = boot
         for (kind, key), at in self._index.items():
+            if kind == OUT and before not in {0, boot}:
+                # What the last moments before a power cut said may be missing here: numbers that
+                # were used must not come again in the same epoch
+                cells[at + OUT_EPOCH] = cells[at + OUT_SEQUENCE] = 0
             if kind != IN:
                 continue
             # What the dead incarnation had received and not finished went with its inbox; durable
@@ -253,6 +260,15 @@ class Ledger:
             cells[at + IN_RECEIVED] -= unsettled
             if was_retired:
                 cells[at + IN_EPOCH] = cells[at + IN_LAST] = 0
+
+
+def boot_id() -> int:
+    """Give a number that changes when the machine starts anew; 0: nobody knows."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return 0
+    return int(text.strip().replace("-", "")[:16], 16)
 
 
 def records_in(memory: mmap.mmap | bytes) -> Iterator[tuple[int, str, int]]:
