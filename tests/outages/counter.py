@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
-from mesh import Agent, Event, event_type, on, run
-
-ORDER = event_type("outage.order", durable=True)
+from mesh import Event, on, run
+from tests.outages.words import ORDER, Noting
 
 
-class Counter(Agent):
+class Counter(Noting):
     """A durable consumer whose effects are in its state."""
-
-    async def setup(self) -> None:
-        path = os.path.join(os.environ["MESH_DIR"], "notes.counter")
-        self.notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self.note("began", os.getpid())
-
-    async def teardown(self) -> None:
-        os.close(self.notes)
-
-    def note(self, *words: object) -> None:
-        os.write(self.notes, (" ".join(map(str, words)) + "\n").encode())
 
     @on(ORDER)
     async def on_order(self, event: Event) -> None:

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
-from mesh import Agent, event_type, every, run, source
-
-CRY = event_type("outage.cry", durable=True)
-TICK = event_type("outage.tick")
+from mesh import every, run, source
+from tests.outages.words import CRY, TICK, Noting
 
 
-class Hawker(Agent):
+class Hawker(Noting):
     """What most people write."""
-
-    async def setup(self) -> None:
-        path = os.path.join(os.environ["MESH_DIR"], "notes.hawker")
-        self.notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self.note("began", os.getpid())
-
-    async def teardown(self) -> None:
-        os.close(self.notes)
-
-    def note(self, *words: object) -> None:
-        os.write(self.notes, (" ".join(map(str, words)) + "\n").encode())
 
     @source
     async def cry(self) -> None:

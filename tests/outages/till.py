@@ -5,25 +5,14 @@ from __future__ import annotations
 import os
 from itertools import count
 
-from mesh import Agent, BrokerUnavailableError, event_type, run, source
+from mesh import BrokerUnavailableError, run, source
+from tests.outages.words import ORDER, Noting
 
-ORDER = event_type("outage.order", durable=True)
 _KEYS = 5
 
 
-class Till(Agent):
+class Till(Noting):
     """A publisher that survives its errors."""
-
-    async def setup(self) -> None:
-        path = os.path.join(os.environ["MESH_DIR"], "notes.till")
-        self.notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self.note("began", os.getpid())
-
-    async def teardown(self) -> None:
-        os.close(self.notes)
-
-    def note(self, *words: object) -> None:
-        os.write(self.notes, (" ".join(map(str, words)) + "\n").encode())
 
     def is_closing(self) -> bool:
         return os.path.exists(os.path.join(os.environ["MESH_DIR"], "closing"))

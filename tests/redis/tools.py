@@ -118,7 +118,8 @@ class Proxy:
         finally:
             for each in (writer, back):
                 each.close()
-                with contextlib.suppress(OSError):
+                # A cancelled task would be an error to asyncio's server
+                with contextlib.suppress(OSError, asyncio.CancelledError):
                     await each.wait_closed()
             self._lines.discard(task)
 
