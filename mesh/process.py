@@ -73,8 +73,11 @@ def prepare(rundir: RunDir, name: str, *, parent_bound: bool) -> None:
     if parent_bound:
         die_with_parent()
         supervisor = rundir.supervisor_pid() if is_supervised() else None
-        # Killed while this interpreter was starting: nobody will tell us any more
-        if supervisor is not None and not is_running(supervisor):
+        # Killed while this interpreter was starting: nobody will tell us any more. Another may have
+        # taken its place meanwhile, and wants our name for a child of its own
+        parent = os.getppid()
+        # (A child of an agent's own is fine too)
+        if supervisor is not None and supervisor not in {parent, parent_of(parent)}:
             os._exit(0)
     keep_stacks(rundir, name)
 

@@ -182,19 +182,24 @@ async def test_a_script_run_by_hand_keeps_its_counters(project: Path, home: RunD
             assert not home.ledger("risk").exists()
 
 
-async def test_a_program_does_not_start_when_its_supervisord_is_gone(home: RunDir) -> None:
-    """Killed before the program could ask the kernel for word of it."""
+@pytest.mark.parametrize("successor", [False, True], ids=["nobody else", "another one"])
+async def test_a_program_does_not_start_when_its_supervisord_is_gone(
+    home: RunDir, successor: bool
+) -> None:
+    """Killed before the program could ask the kernel for word of it; another one's may be there."""
     home.ensure()
-    gone = await asyncio.create_subprocess_exec("true")
-    await gone.wait()
-    (home.path / "run" / "supervisord.pid").write_text(f"{gone.pid}\n")
+    async with running("sleep", "60") as named:
+        if not successor:
+            named.kill()
+            await named.wait()
+        (home.path / "run" / "supervisord.pid").write_text(f"{named.pid}\n")
 
-    ended = await asyncio.to_thread(
-        run_program,
-        sys.executable,
-        *("-m", "mesh.supervision.monitor"),
-        env=environment(MESH_SUPERVISED="1"),
-    )
+        ended = await asyncio.to_thread(
+            run_program,
+            sys.executable,
+            *("-m", "mesh.supervision.monitor"),
+            env=environment(MESH_SUPERVISED="1"),
+        )
 
     assert ended.code == 0, ended
     assert not home.ledger("monitor").exists()
