@@ -360,14 +360,18 @@ class Journal(ABC):
         """
 
     @abstractmethod
-    async def forget(self, group: str) -> bool:
+    async def forget(self, group: str, topic: str | None = None) -> bool:
         """
         Forget a group that is gone for good, with its state and all it has not settled.
 
-        What only it had not settled can then be trimmed.
+        What only it had not settled can then be trimmed. Refused, it changes nothing.
+
+        Args:
+            group: Its name.
+            topic: Forget only that it hears this one, with what it has not settled of it.
 
         Returns:
-            Whether there was such a group.
+            Whether there was such a group, and it heard the topic.
 
         Raises:
             ConfigurationError: A consumer of it lives.

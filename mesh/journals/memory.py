@@ -144,8 +144,8 @@ class MemoryJournal(LocalJournal):
         if pid == os.getpid():
             await self.free(group, consumer)
 
-    async def forget(self, group: str) -> bool:
-        """Forget a group without consumers."""
+    async def forget(self, group: str, topic: str | None = None) -> bool:
+        """Forget a group without consumers, or a topic of it."""
         self._require_open()
         found = self.store.groups.get(group)
         if found is None:
@@ -154,10 +154,14 @@ class MemoryJournal(LocalJournal):
         living = [each.name for each in found.consumers.values() if each.lease_until_s >= now_s]
         if living:
             raise still_lives(group, living)
+        known = bool(found.topics or found.state) if topic is None else topic in found.topics
         for kept in _owed_to(found):
-            kept.owed -= 1
-        del self.store.groups[group]
-        return True
+            kept.owed -= topic in (None, kept.record.topic)
+        if topic is None:
+            del self.store.groups[group]
+        else:
+            found.drop(topic)
+        return known
 
     async def load_state(self, group: str) -> dict[str, bytes]:
         """Give the state of a group."""

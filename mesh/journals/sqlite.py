@@ -21,7 +21,7 @@ from mesh.journals import membership, views
 from mesh.journals.consumers import Consumer
 from mesh.journals.database import Database
 from mesh.journals.local import LocalJournal
-from mesh.journals.retention import Sweep
+from mesh.journals.retention import Sweep, forget_group
 from mesh.journals.threads import DatabaseThread, Job
 from mesh.journals.transaction import Inserted, Names, Transaction
 from mesh.retry import RetryPolicy
@@ -185,9 +185,9 @@ class SQLiteJournal(LocalJournal):
         """Do the same, unless the consumer is of another process by now."""
         await self._do(lambda tx: membership.free(tx, group, consumer, pid))
 
-    async def forget(self, group: str) -> bool:
-        """Forget a group without consumers."""
-        known: bool = await self._do(lambda tx: membership.forget(tx, group, self._lease_ms))
+    async def forget(self, group: str, topic: str | None = None) -> bool:
+        """Forget a group without consumers, or a topic of it."""
+        known: bool = await self._do(lambda tx: forget_group(tx, group, topic, self._lease_ms))
         return known
 
     async def load_state(self, group: str) -> dict[str, bytes]:
