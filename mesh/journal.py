@@ -135,6 +135,14 @@ class Stored(Value, frozen=True):
     at_s: float
 
 
+class Size(Value, frozen=True):
+    """How much a journal keeps."""
+
+    events: int
+    #: As `Journal.trim` counts them.
+    bytes: int
+
+
 class DeadQuery(Value, frozen=True):
     """Which dead letters are meant; what is None does not choose."""
 
@@ -348,6 +356,10 @@ class Journal(ABC):
     @abstractmethod
     async def newest(self) -> int | str | None:
         """Give the place of the newest event, for a `scan` of what comes later; None: none."""
+
+    @abstractmethod
+    async def size(self) -> Size:
+        """Tell how much is kept, settled or not."""
 
     @abstractmethod
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:

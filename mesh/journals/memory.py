@@ -20,6 +20,7 @@ from mesh.journal import (
     Delivery,
     Feature,
     GroupView,
+    Size,
     Stored,
 )
 from mesh.journals.local import LocalJournal, count_letters, share_of, still_lives
@@ -241,6 +242,11 @@ class MemoryJournal(LocalJournal):
         """Give the number of the newest event."""
         self._require_open()
         return max(self.store.log, default=None)
+
+    async def size(self) -> Size:
+        """Tell how much is kept."""
+        self._require_open()
+        return Size(len(self.store.log), self.store.bytes)
 
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:
         """Forget settled events."""

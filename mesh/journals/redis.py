@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mesh.deadletters import DeadLetter
-    from mesh.journal import DeadCount, GroupView, Record, Step, Stored
+    from mesh.journal import DeadCount, GroupView, Record, Size, Step, Stored
 
 Value = TypeVar("Value")
 
@@ -369,6 +369,11 @@ class RedisJournal(LocalJournal):
         """Give the place of the newest event."""
         self._require_open()
         return await self._views.newest()
+
+    async def size(self) -> Size:
+        """Tell how much is kept, strangers' entries included."""
+        self._require_open()
+        return await self._views.size()
 
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:
         """Forget old events that every group of their topic has settled, also plain ones."""

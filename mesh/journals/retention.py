@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mesh.journals.local import still_lives
-from mesh.journals.views import MAX_TOPICS, merged
+from mesh.journals.views import MAX_TOPICS, merged, used_bytes
 
 if TYPE_CHECKING:
     from mesh.journals.transaction import Transaction
@@ -40,7 +40,7 @@ class Sweep:
     def forget_some(self, tx: Transaction) -> None:
         """Forget the next few events."""
         tx.flush()
-        excess = 0 if self.max_bytes is None else _used_bytes(tx) - self.max_bytes
+        excess = 0 if self.max_bytes is None else used_bytes(tx.connection) - self.max_bytes
         settled, ends = _settled_up_to(tx)
         topics = [
             topic
@@ -129,11 +129,3 @@ def _settled_up_to(tx: Transaction) -> tuple[dict[tuple[int, int], int], dict[in
         settled[topic, partition] = seq
         ends[topic] = max(seq, ends.get(topic, 0))
     return settled, ends
-
-
-def _used_bytes(tx: Transaction) -> int:
-    pages, free, size = (
-        int(tx.run(f"PRAGMA {name}").fetchone()[0])
-        for name in ("page_count", "freelist_count", "page_size")
-    )
-    return (pages - free) * size

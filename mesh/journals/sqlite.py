@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from mesh.clock import Clock
     from mesh.deadletters import DeadLetter
-    from mesh.journal import DeadCount, GroupView, Record, Step, Stored
+    from mesh.journal import DeadCount, GroupView, Record, Size, Step, Stored
     from mesh.journals.database import Synchronous
 
 #: What may wait for the writer; then `append` and `commit` wait, and at last refuse.
@@ -248,6 +248,11 @@ class SQLiteJournal(LocalJournal):
     async def newest(self) -> int | str | None:
         """Give the number of the newest event."""
         found: int | None = await self._ask(lambda database: views.newest(database.connection))
+        return found
+
+    async def size(self) -> Size:
+        """Tell how much is kept; reads an index over all of it."""
+        found: Size = await self._ask(lambda database: views.size(database.connection))
         return found
 
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:

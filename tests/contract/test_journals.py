@@ -992,6 +992,20 @@ async def test_scan_can_begin_with_what_comes_later(journal: Journal) -> None:
     assert [each.id for each in await journal.scan(after=middle)] == ["z"]
 
 
+async def test_the_size_is_that_of_what_is_kept_settled_or_not(journal: Journal) -> None:
+    empty = await journal.size()
+    await journal.append([Record("order", f"e{at}", bytes(10_000), f"k{at}") for at in range(100)])
+    full = await journal.size()
+    await drain(journal, "risk", "risk")
+    settled = await journal.size()
+    await journal.trim(max_age_s=-1)
+    after = await journal.size()
+
+    assert (empty.events, full.events, settled.events, after.events) == (0, 100, 100, 0)
+    assert full.bytes - empty.bytes >= 1_000_000
+    assert after.bytes < full.bytes - 900_000
+
+
 async def test_trim_forgets_only_what_every_group_has_settled(journal: Journal) -> None:
     await journal.declare("audit", ["order"])
     await journal.append([*numbered(20), *records("free", topic="unheard")])
