@@ -118,6 +118,8 @@ class MessageBusConfig:
         for name, variable in VARIABLES.items():
             text = source.get(variable)
             if text is None or text == "":
+                if text is not None and name in _EMPTY_IS_FOR_EVER:
+                    values[name] = 0
                 continue
             try:
                 value = _PARSERS[name](text.strip())
@@ -186,6 +188,8 @@ VARIABLES = {
     "tracing": "LEGION_TRACING",
 }
 _SECRETS = frozenset({"redis_password", "redis_sentinel_password"})
+#: Who empties these means no limit: what the default would throw away is gone for good.
+_EMPTY_IS_FOR_EVER = frozenset({"journal_max_age_s", "journal_max_bytes"})
 _OURS = ("LEGION_",)
 #: Read elsewhere: by the tests, and by issue-specific tools.
 _ELSEWHERE = ("LEGION_TEST_",)

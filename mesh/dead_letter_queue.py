@@ -33,7 +33,7 @@ from mesh.topics import PRIVATE_PREFIX, replay_topic
 from mesh.values import State, Value, field
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
     from datetime import datetime
 
     from mesh.clock import Clock
@@ -167,6 +167,7 @@ class DeadLetterQueue:
         limit: int | None = None,
         ignore_expiry: bool = False,
         dry_run: bool = False,
+        agents: Collection[str] | None = None,
     ) -> ReplayReport:
         """
         Send letters back to the one handler that failed, of the one agent; the oldest first.
@@ -182,6 +183,8 @@ class DeadLetterQueue:
             limit: At most so many, the oldest.
             ignore_expiry: Also what has expired: its expiry is taken off.
             dry_run: Only say what would happen.
+            agents: Letters of others, which have no group in the journal either, are refused: they
+                would wait for ever. None: whoever it is may still come.
 
         Returns:
             What went where, and which letters were refused.
@@ -196,10 +199,13 @@ class DeadLetterQueue:
         kept_topics: set[str] = set()
         if any(letter.reason == UNPUBLISHED for letter in chosen):
             kept_topics = {view.topic for view in await self._journal.groups()}
+        vanished = await self._vanished(chosen, agents)
         declared: set[str] = set()
         begun_s = self._clock.mono_s()
         for begun, batch in _batches(chosen, rate_per_s):
-            leaving = self._prepare(batch, report, kept_topics, ignore_expiry=ignore_expiry)
+            leaving = self._prepare(
+                batch, report, kept_topics, vanished, ignore_expiry=ignore_expiry
+            )
             if dry_run:
                 continue
             ahead_s = begun_s + begun / rate_per_s - self._clock.mono_s()
@@ -272,11 +278,25 @@ class DeadLetterQueue:
         found.reverse()
         return found if limit is None else found[:limit]
 
+    async def _vanished(
+        self, letters: Sequence[DeadLetter], agents: Collection[str] | None
+    ) -> set[str]:
+        """Give whose letters would wait for ever."""
+        if agents is None:
+            return set()
+        asked = {letter.agent for letter in letters if letter.reason != UNPUBLISHED} - set(agents)
+        if not asked:
+            return asked
+        views = await self._journal.groups()
+        # A replay makes a group of whoever it is for
+        return asked - {view.group for view in views if view.topic != replay_topic(view.group)}
+
     def _prepare(
         self,
         letters: Sequence[DeadLetter],
         report: ReplayReport,
         kept_topics: set[str],
+        vanished: set[str],
         *,
         ignore_expiry: bool,
     ) -> list[_Leaving]:
@@ -284,6 +304,7 @@ class DeadLetterQueue:
         now = self._clock.now()
         for letter in letters:
             try:
+                _require_agent(letter, vanished)
                 event = _ready_event(letter, now, ignore_expiry=ignore_expiry)
                 made = self._made(letter, event, kept_topics, now)
             except (DeadLetterError, EventTooLargeError, TopicError) as error:
@@ -336,6 +357,14 @@ def plain(letter: DeadLetter) -> dict[str, Any]:
     """Give a letter as what JSON can hold; bytes in base64."""
     built: dict[str, Any] = msgspec.to_builtins(letter)
     return built
+
+
+def _require_agent(letter: DeadLetter, vanished: set[str]) -> None:
+    if letter.reason != UNPUBLISHED and letter.agent in vanished:
+        raise DeadLetterError(
+            f"no agent and no group is called {letter.agent!r}: it would wait for ever; purge it,"
+            " or insist if one will come (mesh dlq replay --force)"
+        )
 
 
 def _ready_event(letter: DeadLetter, now: datetime, *, ignore_expiry: bool) -> Event:

@@ -135,6 +135,14 @@ class Stored(Value, frozen=True):
     at_s: float
 
 
+class Size(Value, frozen=True):
+    """How much a journal keeps."""
+
+    events: int
+    #: As `Journal.trim` counts them.
+    bytes: int
+
+
 class DeadQuery(Value, frozen=True):
     """Which dead letters are meant; what is None does not choose."""
 
@@ -350,6 +358,10 @@ class Journal(ABC):
         """Give the place of the newest event, for a `scan` of what comes later; None: none."""
 
     @abstractmethod
+    async def size(self) -> Size:
+        """Tell how much is kept, settled or not."""
+
+    @abstractmethod
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:
         """
         Forget old events that every group of their topic has settled; gives how many.
@@ -360,14 +372,18 @@ class Journal(ABC):
         """
 
     @abstractmethod
-    async def forget(self, group: str) -> bool:
+    async def forget(self, group: str, topic: str | None = None) -> bool:
         """
         Forget a group that is gone for good, with its state and all it has not settled.
 
-        What only it had not settled can then be trimmed.
+        What only it had not settled can then be trimmed. Refused, it changes nothing.
+
+        Args:
+            group: Its name.
+            topic: Forget only that it hears this one, with what it has not settled of it.
 
         Returns:
-            Whether there was such a group.
+            Whether there was such a group, and it heard the topic.
 
         Raises:
             ConfigurationError: A consumer of it lives.

@@ -15,6 +15,7 @@ from mesh.cli import dlq_views as views
 from mesh.cli import say
 from mesh.cli.exits import EXIT_WRONG
 from mesh.cli.kept import opened_queue
+from mesh.cli.known import known_agents
 from mesh.cli.place import Place, directory_option, json_option
 from mesh.cli.publish import load_schemas, parse_payload
 from mesh.dead_letter_queue import ReplayReport, plain
@@ -23,6 +24,7 @@ from mesh.journal import ALL_DEAD, DeadQuery
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mesh.cli.known import KnownAgents
     from mesh.dead_letter_queue import DeadGroup
     from mesh.deadletters import DeadLetter
     from mesh.rundir import RunDir
@@ -162,6 +164,7 @@ def show(letter_id: str, json_form: bool, directory: str | None) -> None:
     help="At most so many a second; 0: as fast as it goes.",
 )
 @click.option("--ignore-expiry", is_flag=True, help="Also what has expired meanwhile.")
+@click.option("--force", is_flag=True, help="Also of agents that nobody knows; they may come.")
 @_dry_run_option
 @json_option
 @directory_option
@@ -170,6 +173,7 @@ def replay(
     limit: int | None,
     rate: float,
     ignore_expiry: bool,
+    force: bool,
     dry_run: bool,
     json_form: bool,
     directory: str | None,
@@ -180,8 +184,9 @@ def replay(
 
     No other handler and no other agent hears them again. What no handler failed with (expired, in
     circles, an end of its process) goes to all handlers of its agent; a publish that failed is
-    published. An agent that is down gets them when it starts. A letter that fails again is back in
-    the list, with its history; replaying one twice does nothing twice.
+    published. An agent that is down gets them when it starts; of one that stands neither in
+    supervisord.conf nor in the journal they are refused (--force). A letter that fails again is
+    back in the list, with its history; replaying one twice does nothing twice.
 
     Exit code 0 when all that was meant left, 1 when nothing was meant or some were refused.
 
@@ -195,6 +200,7 @@ def replay(
     query = _meant(everything, chosen)
     place = Place.find(directory)
     load_schemas(place.project)
+    known = known_agents(place)
 
     async def send() -> ReplayReport:
         async with opened_queue(place.rundir, speaking=not dry_run) as queue:
@@ -208,6 +214,7 @@ def replay(
                 limit=limit,
                 ignore_expiry=ignore_expiry,
                 dry_run=dry_run,
+                agents=None if force else known.names,
             )
 
     report = asyncio.run(send())
@@ -216,7 +223,7 @@ def replay(
     else:
         views.show_report(report)
         if not dry_run:
-            _tell_absent(place.rundir, report)
+            _tell_absent(place.rundir, known, report)
     sys.exit(EXIT_WRONG if report.refused or not report.matched else 0)
 
 
@@ -365,10 +372,11 @@ def _tell_time(count: float, rate: float) -> None:
         say.note(f"{count:.0f} dead letters at {rate:g} a second take {took}; Ctrl-C stops")
 
 
-def _tell_absent(rundir: RunDir, report: ReplayReport) -> None:
-    """Say who is not there: a letter to an agent that was removed would wait for ever."""
+def _tell_absent(rundir: RunDir, known: KnownAgents, report: ReplayReport) -> None:
+    """Say who is not there: until it is, its letters wait."""
     there = {
         name.partition("@")[0] for name, card in read_cards(rundir).items() if card.state == "ready"
     }
     for agent in sorted({agent for agent, _ in report.sent} - there):
-        say.note(f"{agent} is not running here; it gets them when it starts", "yellow")
+        where = f" and stands not in {known.conf}" if known.is_stray(agent) else ""
+        say.note(f"{agent} is not running here{where}; it gets them when it starts", "yellow")

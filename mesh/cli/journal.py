@@ -12,15 +12,15 @@ import click
 from mesh.cli import say
 from mesh.cli.exits import EXIT_WRONG
 from mesh.cli.kept import has_journal, opened_journal
-from mesh.cli.place import CONF, Place, directory_option, json_option, settings_of
-from mesh.replicas import group_of
-from mesh.supervision.conf import programs_of
+from mesh.cli.known import known_agents
+from mesh.cli.place import Place, directory_option, json_option, settings_of
+from mesh.errors import ConfigurationError
+from mesh.topics import check_topic
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
 
-    from mesh.journal import Journal
+    from mesh.journal import GroupView, Journal, Size
     from mesh.rundir import RunDir
 
 _Value = TypeVar("_Value")
@@ -70,7 +70,8 @@ def ls(json_form: bool, directory: str | None) -> None:
     """
     List the groups of the journal by topic: what they have not settled, and since when.
 
-    A group is an agent with all its replicas. Exit code 0, whether one is behind or not.
+    The last line tells how much is kept in all: settled events are, too, until they are trimmed. A
+    group is an agent with all its replicas. Exit code 0, whether one is behind or not.
 
     \b
     Example:
@@ -78,8 +79,8 @@ def ls(json_form: bool, directory: str | None) -> None:
       mesh journal ls --json | jq '.groups[] | select(.pending > 1000)'
     """  # noqa: D301
     place = Place.find(directory)
-    views = _with_journal(place.rundir, lambda opened: opened.groups()) or []
-    agents = _agents(place.project)
+    views, size = _with_journal(place.rundir, _look) or ([], None)
+    known = known_agents(place)
     if json_form:
         rows = [
             {
@@ -87,15 +88,31 @@ def ls(json_form: bool, directory: str | None) -> None:
                 "topic": view.topic,
                 "pending": view.pending,
                 "oldest_s": round(view.oldest_s, 3),
-                "agent_known": agents is None or view.group in agents,
+                "agent_known": not known.is_stray(view.group),
             }
             for view in views
         ]
-        say.as_json({"groups": rows})
+        kept = {"events": size.events, "bytes": size.bytes} if size else {"events": 0, "bytes": 0}
+        say.as_json({**kept, "groups": rows})
         return
     if not views:
         say.line("no groups: nothing durable was ever heard here")
-        return
+    else:
+        _show(views)
+    if size is not None:
+        say.line(f"{size.events} events are kept, {say.size(size.bytes)}")
+    for group in sorted(filter(known.is_stray, {view.group for view in views})):
+        say.note(
+            f"no agent {group} stands in {known.conf}; if it will not come back:"
+            f" mesh journal forget {group}"
+        )
+
+
+async def _look(opened: Journal) -> tuple[list[GroupView], Size]:
+    return await opened.groups(), await opened.size()
+
+
+def _show(views: list[GroupView]) -> None:
     say.table(
         ("group", "topic", "pending", "oldest"),
         [
@@ -109,11 +126,6 @@ def ls(json_form: bool, directory: str | None) -> None:
         ],
         ["yellow" if view.pending else "" for view in views],
     )
-    for group in sorted({view.group for view in views} - agents) if agents else ():
-        say.note(
-            f"no agent {group} stands in {place.project / CONF}; if it will not come"
-            f" back: mesh journal forget {group}"
-        )
 
 
 @journal.command()
@@ -158,49 +170,84 @@ def trim(
 @journal.command()
 @click.argument("group")
 @click.option("--yes", is_flag=True, help="Do not ask; needed where nobody can answer.")
-@click.option("--force", is_flag=True, help="Also an agent that stands in supervisord.conf.")
+@click.option("--topic", metavar="TYPE", help="Only what it hears of this type; its state stays.")
+@click.option(
+    "--force", is_flag=True, help="Also of an agent that stands in supervisord.conf, or hears it."
+)
 @json_option
 @directory_option
-def forget(group: str, yes: bool, force: bool, json_form: bool, directory: str | None) -> None:
+def forget(
+    group: str, yes: bool, topic: str | None, force: bool, json_form: bool, directory: str | None
+) -> None:
     """
     Forget a group for good: what it has not settled, and its state.
 
-    Refused while a process of it lives, and while its agent stands in supervisord.conf. Exit code 1
-    when there is no such group, 2 when it would have to ask and there is nobody to answer.
+    Refused while a process of it lives, and while its agent stands in supervisord.conf. An agent
+    that does not hear a type any more holds what it has not settled of it: --topic lets that go;
+    stop the agent for the moment.
+
+    Exit code 1 when there is no such group, 2 when it is refused, or would have to ask and there is
+    nobody to answer, 78 while it lives.
 
     \b
     Example:
       mesh journal forget old_risk
+      mesh journal forget risk --topic order.amended
       mesh journal forget old_risk --yes
     """  # noqa: D301
     place = Place.find(directory)
-    if not force and group in (_agents(place.project) or ()):
-        raise click.UsageError(
-            f"{group} stands in {place.project / CONF}: it would begin anew, without"
-            " its state and what is kept for it; take it out first, or say --force"
-        )
-    views = _with_journal(place.rundir, lambda opened: opened.groups()) or []
-    owed = sum(view.pending for view in views if view.group == group)
-    if not any(view.group == group for view in views):
-        say.note(f"the journal knows no group {say.clean(group)!r}; see mesh journal ls", "red")
-        sys.exit(EXIT_WRONG)
-    if not yes:
-        what = f"{owed} events that {group} has not settled, and its state"
+    if topic is not None:
+        check_topic(topic)
+    _require_gone(place, group, topic, force=force)
+    said = f"what {group} hears of {topic}" if topic else group
+    found = _with_journal(place.rundir, lambda opened: _found(opened, group, topic))
+    owed, has_state = found or (0, False)
+    if found is not None and not yes:
+        what = f"{owed} events that {group} has not settled{f' of {topic}' if topic else ''}"
+        what += ", and its state" if has_state else ""
         if not say.is_terminal(sys.stdin):
             raise click.UsageError(f"{what} would be forgotten; say --yes to mean it")
         click.confirm(f"Forget {what}, for good?", abort=True)
-    known = _with_journal(place.rundir, lambda opened: opened.forget(group))
+    # Asked in any case: of one that was half forgotten when Redis went away nothing is shown
+    if not _with_journal(place.rundir, lambda opened: opened.forget(group, topic)):
+        say.note(f"the journal knows nothing of {said}; see mesh journal ls", "red")
+        sys.exit(EXIT_WRONG)
     if json_form:
-        say.as_json({"group": group, "forgotten": bool(known), "pending": owed})
+        say.as_json({"group": group, "topic": topic, "forgotten": True, "pending": owed})
     else:
-        say.line(f"{group} is forgotten, with {owed} events it had not settled")
+        say.line(f"{said} is forgotten, with {owed} events it had not settled")
 
 
-def _agents(project: Path) -> set[str] | None:
-    """Give the agents of a project; None where there is none."""
-    if not (project / CONF).is_file():
-        return None
-    return {group_of(name) for name in programs_of(project)}
+def _require_gone(place: Place, group: str, topic: str | None, *, force: bool) -> None:
+    """Refuse what is in use; living consumers the journal itself finds."""
+    known = known_agents(place)
+    if (pid := known.running.get(group)) is not None:
+        raise ConfigurationError(
+            f"group {group!r} cannot be forgotten while it lives: pid {pid}; stop its agents first"
+        )
+    if force:
+        return
+    if topic is None and group in known.written:
+        raise click.UsageError(
+            f"{group} stands in {known.conf}: it would begin anew, without its state and what is"
+            " kept for it; take it out first, or say --force"
+        )
+    if topic is not None and topic in known.hears(group):
+        raise click.UsageError(
+            f"{group} heard {topic} when it last ran: it would begin anew, without what is kept"
+            " for it; let it run once without, or say --force"
+        )
+
+
+async def _found(opened: Journal, group: str, topic: str | None) -> tuple[int, bool] | None:
+    """Count what would be forgotten, and say whether there is state; None: nothing is known."""
+    views = [
+        view
+        for view in await opened.groups()
+        if view.group == group and topic in (None, view.topic)
+    ]
+    has_state = topic is None and bool(await opened.load_state(group))
+    return (sum(view.pending for view in views), has_state) if views or has_state else None
 
 
 def _with_journal(rundir: RunDir, work: Callable[[Journal], Awaitable[_Value]]) -> _Value | None:

@@ -16,16 +16,12 @@ from typing import TYPE_CHECKING
 from mesh.errors import ClosedError
 from mesh.journal import MAX_UNSETTLED, PARTITIONS, Delivery
 from mesh.journals.consumers import Holding, pid_of
-from mesh.journals.local import share_of, still_lives
+from mesh.journals.local import share_of
 from mesh.journals.transaction import undeclared
 
 if TYPE_CHECKING:
     from mesh.journals.consumers import Consumer, Place, Spot
     from mesh.journals.transaction import Transaction
-
-
-#: The tables of what is noted of groups.
-_OF_GROUPS = ("cursors", "members", "owners", "acked", "attempts", "done", "state")
 
 
 def join(tx: Transaction, consumer: Consumer, lease_ms: int) -> None:
@@ -165,28 +161,6 @@ def free(tx: Transaction, group: str, consumer: str, pid: int | None = None) -> 
         suspect(tx, group_id, consumer)
         _remove(tx, group_id, consumer)
         tx.topics.update(_topics(tx, group_id).values())
-
-
-def forget(tx: Transaction, group: str, lease_ms: int) -> bool:
-    """
-    Remove a group and all that is noted of it; False when there is none.
-
-    Raises:
-        ConfigurationError: A consumer of it lives.
-    """
-    tx.flush()
-    group_id = tx.group_id(group)
-    rows = tx.run("SELECT consumer, lease_until_ms FROM members WHERE group_id = ?", (group_id,))
-    living = [name for name, until_ms in rows if tx.mono_ms <= until_ms <= tx.mono_ms + lease_ms]
-    if living:
-        raise still_lives(group, living)
-    known = False
-    for table in _OF_GROUPS:
-        gone = tx.run(f"DELETE FROM {table} WHERE group_id = ?", (group_id,)).rowcount  # noqa: S608
-        known = known or gone > 0
-    # Its number stays: other processes have noted it
-    tx.next_version(group_id)
-    return known
 
 
 def renew(tx: Transaction, consumer: Consumer, lease_ms: int) -> None:

@@ -20,6 +20,7 @@ from mesh.journal import (
     Delivery,
     Feature,
     GroupView,
+    Size,
     Stored,
 )
 from mesh.journals.local import LocalJournal, count_letters, share_of, still_lives
@@ -144,8 +145,8 @@ class MemoryJournal(LocalJournal):
         if pid == os.getpid():
             await self.free(group, consumer)
 
-    async def forget(self, group: str) -> bool:
-        """Forget a group without consumers."""
+    async def forget(self, group: str, topic: str | None = None) -> bool:
+        """Forget a group without consumers, or a topic of it."""
         self._require_open()
         found = self.store.groups.get(group)
         if found is None:
@@ -154,10 +155,14 @@ class MemoryJournal(LocalJournal):
         living = [each.name for each in found.consumers.values() if each.lease_until_s >= now_s]
         if living:
             raise still_lives(group, living)
+        known = bool(found.topics or found.state) if topic is None else topic in found.topics
         for kept in _owed_to(found):
-            kept.owed -= 1
-        del self.store.groups[group]
-        return True
+            kept.owed -= topic in (None, kept.record.topic)
+        if topic is None:
+            del self.store.groups[group]
+        else:
+            found.drop(topic)
+        return known
 
     async def load_state(self, group: str) -> dict[str, bytes]:
         """Give the state of a group."""
@@ -237,6 +242,11 @@ class MemoryJournal(LocalJournal):
         """Give the number of the newest event."""
         self._require_open()
         return max(self.store.log, default=None)
+
+    async def size(self) -> Size:
+        """Tell how much is kept."""
+        self._require_open()
+        return Size(len(self.store.log), self.store.bytes)
 
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:
         """Forget settled events."""

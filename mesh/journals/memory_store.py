@@ -70,6 +70,27 @@ class Group:
     #: How often partitions were given to somebody.
     tenures: int = 0
 
+    def drop(self, topic: str) -> None:
+        """Hear a topic no more, and owe nothing of it."""
+        self.topics.discard(topic)
+        gone: set[int] = set()
+        for lane in self.lanes:
+            gone |= {seq for seq, kept in lane.waiting if kept.record.topic == topic}
+            lane.waiting = [each for each in lane.waiting if each[0] not in gone]
+            heapq.heapify(lane.waiting)
+        for consumer in self.consumers.values():
+            mine = {seq for seq, kept in consumer.held.items() if kept.record.topic == topic}
+            for seq in mine:
+                del consumer.held[seq]
+            if consumer.alone in mine:
+                consumer.alone = None
+            gone |= mine
+        for lane in self.lanes:
+            lane.suspects -= gone
+        for seq in gone:
+            self.counts.pop(seq, None)
+            self.done.pop(seq, None)
+
 
 class MemoryStore:
     """

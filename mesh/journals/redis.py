@@ -4,8 +4,9 @@ Durable delivery over Redis Streams, for meshes on more than one machine.
 Each partition of each topic is a stream, each group a consumer group of it. The parts:
 `redis_members` (who owns streams), `redis_reader` (what is handed out), `redis_consumers` (what a
 consumer holds), `redis_writer` and `redis_steps` (events and steps), `redis_scripts` (what happens
-inside Redis, in one transaction), `redis_views` (groups, history, dead letters), `redis_store`
-(calls that are tried again), `redis_keys`, `redis_entries`, `redis_clock` (names, contents, order).
+inside Redis, in one transaction), `redis_views` (groups, history, dead letters), `redis_forget`
+(groups that are gone for good), `redis_store` (calls that are tried again), `redis_keys`,
+`redis_entries`, `redis_clock` (names, contents, order).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from mesh.errors import ConfigurationError
 from mesh.journal import ALL_DEAD, LEASE_S, DeadQuery, Delivery, Feature
+from mesh.journals import redis_forget
 from mesh.journals.local import LocalJournal
 from mesh.journals.redis_consumers import Consumer
 from mesh.journals.redis_entries import spot_of
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mesh.deadletters import DeadLetter
-    from mesh.journal import DeadCount, GroupView, Record, Step, Stored
+    from mesh.journal import DeadCount, GroupView, Record, Size, Step, Stored
 
 Value = TypeVar("Value")
 
@@ -265,10 +267,12 @@ class RedisJournal(LocalJournal):
         self._require_open()
         await self._members.free(group, consumer, pid)
 
-    async def forget(self, group: str) -> bool:
-        """Forget a group without consumers."""
+    async def forget(self, group: str, topic: str | None = None) -> bool:
+        """Forget a group without consumers, or a topic of it."""
         self._require_open()
-        return await self._members.forget(group)
+        known = await redis_forget.forget(self._store, self._keys, group, topic)
+        self._members.disown(group, topic)
+        return known
 
     async def _look(self, group: str, consumer: str, limit: int) -> list[Delivery]:
         me = self._consumers.get((group, consumer))
@@ -365,6 +369,11 @@ class RedisJournal(LocalJournal):
         """Give the place of the newest event."""
         self._require_open()
         return await self._views.newest()
+
+    async def size(self) -> Size:
+        """Tell how much is kept, strangers' entries included."""
+        self._require_open()
+        return await self._views.size()
 
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:
         """Forget old events that every group of their topic has settled, also plain ones."""

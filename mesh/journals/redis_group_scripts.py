@@ -213,36 +213,3 @@ end
 return taken
 """,
 )
-
-#: Let streams know nothing of a group any more.
-DISBAND = Script(
-    "disband",
-    EVEN_FULL
-    + HEAD
-    + """
-for _, key in ipairs(KEYS) do
-  for _, group in ipairs({plan.group, plan.group .. ':settled'}) do
-    pcall('XGROUP', 'DESTROY', key, group)
-  end
-  call('HDEL', key .. ':owners', plan.group, plan.group .. ' step')
-  call('UNLINK', key .. ':done:' .. plan.group)
-end
-""",
-)
-
-#: Give the living consumers of a group; when there are none, remove the other keys. KEYS: members,
-#: what is removed.
-BURY_GROUP = Script(
-    "bury_group",
-    EVEN_FULL
-    + HEAD
-    + MEMBERS
-    + """
-local now, living = now_ms(), {}
-for name, each in pairs(members_of(KEYS[1])) do
-  if each.ends >= now and each.ends <= now + each.lease then living[#living + 1] = name end
-end
-if #living == 0 and #KEYS > 1 then call('UNLINK', unpack(KEYS, 2)) end
-return living
-""",
-)

@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.errors import BrokerUnavailableError, ClosedError, ConfigurationError
 from mesh.journal import PARTITIONS
-from mesh.journals.local import still_lives
 from mesh.journals.redis_consumers import Lane, name_of
 from mesh.journals.redis_entries import START, spot_of
 from mesh.journals.redis_group_scripts import (
-    BURY_GROUP,
     DECLARE,
-    DISBAND,
     ENROLL,
     EVICT,
     HANDED,
@@ -33,7 +30,7 @@ from mesh.journals.redis_steps import decode_decision
 from mesh.journals.redis_store import log
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable
 
     from mesh.journal import Delivery
     from mesh.journals.redis_consumers import Consumer
@@ -95,6 +92,13 @@ class Members:
         await store.call(keys.groups, "SADD", keys.groups, group)
         names = [keys.numbers(group), keys.topics_of(group)]
         await store.run(ENROLL, names, {"topics": topics})
+
+    def disown(self, group: str, topic: str | None) -> None:
+        """Tell Redis no more of a group, or of a topic that it heard."""
+        if topic is None:
+            self.known.pop(group, None)
+        else:
+            self.known.get(group, set()).discard(topic)
 
     async def _declare_again(self, group: str) -> None:
         topics = sorted(self.known.get(group, ()))
@@ -246,32 +250,6 @@ class Members:
         names = [self._keys.members(me.group)]
         if not await self._store.run(RENEW, names, self.identity(me)):
             me.stale = True
-
-    async def forget(self, group: str) -> bool:
-        """Remove a group, from its streams first: what fails midway can be done again."""
-        store, keys = self._store, self._keys
-        if not await store.call(keys.groups, "SISMEMBER", keys.groups, group):
-            return False
-        await self._require_dead(group)
-        topics = await store.call(keys.topics, "SMEMBERS", keys.topics)
-        streams = [
-            keys.stream(topic.decode(), partition)
-            for topic in topics
-            for partition in range(PARTITIONS)
-        ]
-        parts = keys.parts(streams)
-        await asyncio.gather(*(store.run(DISBAND, part, {"group": group}) for part in parts))
-        await self._require_dead(group, keys.all_of(group))
-        await store.call(keys.groups, "SREM", keys.groups, group)
-        self.known.pop(group, None)
-        return True
-
-    async def _require_dead(self, group: str, unlinked: Sequence[bytes] = ()) -> None:
-        """Refuse when a consumer lives; else remove some keys of the group in the same moment."""
-        names = [self._keys.members(group), *unlinked]
-        living = await self._store.run(BURY_GROUP, names, {})
-        if living:
-            raise still_lives(group, [name.decode() for name in living])
 
     # -- giving back ---------------------------------------------------------------------------
 

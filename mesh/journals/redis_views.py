@@ -7,7 +7,7 @@ import heapq
 from typing import TYPE_CHECKING, Any
 
 from mesh.deadletters import decode_letter
-from mesh.journal import PARTITIONS, GroupView, Stored
+from mesh.journal import PARTITIONS, GroupView, Size, Stored
 from mesh.journals.local import count_letters
 from mesh.journals.redis_entries import START, position_of, read_entries, spot_of
 from mesh.journals.redis_scripts import COUNT, EXHUME, TRIM
@@ -112,8 +112,7 @@ class Views:
 
     async def newest(self) -> str | None:
         """Give the place of the last event of all streams."""
-        topics = await self._members(self._keys.topics)
-        places = [(topic, partition) for topic in topics for partition in range(PARTITIONS)]
+        places = await self._places()
         last = max(await asyncio.gather(*map(self._last, places)), default=None)
         return None if last is None or last[0] == START else _where(*last)
 
@@ -134,13 +133,23 @@ class Views:
             if len(replied) < page:
                 return
 
+    async def size(self) -> Size:
+        """Tell how much is kept."""
+        places = await self._places()
+        counts = await asyncio.gather(*map(self._length, places))
+        return Size(sum(counts), sum(await asyncio.gather(*map(self._size, places))))
+
+    async def _places(self) -> list[Place]:
+        topics = await self._members(self._keys.topics)
+        return [(topic, partition) for topic in topics for partition in range(PARTITIONS)]
+
+    async def _length(self, place: Place) -> int:
+        key = self._keys.stream(*place)
+        return int(await self._store.call(key, "XLEN", key))
+
     async def trim(self, max_age_s: float | None, max_bytes: int | None) -> int:
         """Forget old events that every group has settled."""
-        places = [
-            (topic, partition)
-            for topic in await self._members(self._keys.topics)
-            for partition in range(PARTITIONS)
-        ]
+        places = await self._places()
         gone = 0
         if max_age_s is not None:
             seconds, micros = await self._store.call(self._keys.topics, "TIME")

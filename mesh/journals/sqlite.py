@@ -21,7 +21,7 @@ from mesh.journals import membership, views
 from mesh.journals.consumers import Consumer
 from mesh.journals.database import Database
 from mesh.journals.local import LocalJournal
-from mesh.journals.retention import Sweep
+from mesh.journals.retention import Sweep, forget_group
 from mesh.journals.threads import DatabaseThread, Job
 from mesh.journals.transaction import Inserted, Names, Transaction
 from mesh.retry import RetryPolicy
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from mesh.clock import Clock
     from mesh.deadletters import DeadLetter
-    from mesh.journal import DeadCount, GroupView, Record, Step, Stored
+    from mesh.journal import DeadCount, GroupView, Record, Size, Step, Stored
     from mesh.journals.database import Synchronous
 
 #: What may wait for the writer; then `append` and `commit` wait, and at last refuse.
@@ -185,9 +185,9 @@ class SQLiteJournal(LocalJournal):
         """Do the same, unless the consumer is of another process by now."""
         await self._do(lambda tx: membership.free(tx, group, consumer, pid))
 
-    async def forget(self, group: str) -> bool:
-        """Forget a group without consumers."""
-        known: bool = await self._do(lambda tx: membership.forget(tx, group, self._lease_ms))
+    async def forget(self, group: str, topic: str | None = None) -> bool:
+        """Forget a group without consumers, or a topic of it."""
+        known: bool = await self._do(lambda tx: forget_group(tx, group, topic, self._lease_ms))
         return known
 
     async def load_state(self, group: str) -> dict[str, bytes]:
@@ -248,6 +248,11 @@ class SQLiteJournal(LocalJournal):
     async def newest(self) -> int | str | None:
         """Give the number of the newest event."""
         found: int | None = await self._ask(lambda database: views.newest(database.connection))
+        return found
+
+    async def size(self) -> Size:
+        """Tell how much is kept; reads an index over all of it."""
+        found: Size = await self._ask(lambda database: views.size(database.connection))
         return found
 
     async def trim(self, *, max_age_s: float | None = None, max_bytes: int | None = None) -> int:

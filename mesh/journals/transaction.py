@@ -68,7 +68,7 @@ class Transaction:
     ) -> None:
         """Change nothing yet."""
         self.run = connection.execute
-        self._connection = connection
+        self.connection = connection
         self._names = names
         self.at_ms = int(at_s * 1000)
         self.mono_ms = int(mono_s * 1000)
@@ -132,7 +132,7 @@ class Transaction:
 
     def delete_events(self, seqs: Sequence[tuple[int]]) -> None:
         """Forget events."""
-        self._connection.executemany("DELETE FROM events WHERE seq = ?", seqs)
+        self.connection.executemany("DELETE FROM events WHERE seq = ?", seqs)
 
     def give_pages_back(self, count: int) -> None:
         """Make the file shorter by pages that hold nothing, once the transaction is over."""
@@ -141,7 +141,7 @@ class Transaction:
             # A script, because `execute` stops after the first page; what another process's
             # transaction prevents is done the next time
             with contextlib.suppress(sqlite3.OperationalError):
-                self._connection.executescript(f"PRAGMA incremental_vacuum({count})")
+                self.connection.executescript(f"PRAGMA incremental_vacuum({count})")
 
         self.after.append(shorten)
 
@@ -180,7 +180,7 @@ class Transaction:
             for topic in topics
             for partition in range(PARTITIONS)
         ]
-        added = self._connection.executemany(
+        added = self.connection.executemany(
             "INSERT INTO cursors VALUES (?, ?, ?, ?, 0) ON CONFLICT DO NOTHING", rows
         ).rowcount
         (heard,) = self.run(
@@ -198,7 +198,7 @@ class Transaction:
         group_id = self.group_id(consumer.group)
         if moves.cursors:
             _insert(
-                self._connection,
+                self.connection,
                 "INSERT INTO cursors VALUES",
                 5,
                 [
@@ -210,7 +210,7 @@ class Transaction:
             )
         if moves.acked:
             _insert(
-                self._connection,
+                self.connection,
                 "INSERT INTO acked VALUES",
                 4,
                 [value for seq, place in moves.acked for value in (group_id, *place, seq)],
@@ -230,7 +230,7 @@ class Transaction:
             self._insert_events()
         if self._done:
             values = [value for mark in self._done for value in mark]
-            _insert(self._connection, "INSERT INTO done VALUES", 3, values, _IF_NEW)
+            _insert(self.connection, "INSERT INTO done VALUES", 3, values, _IF_NEW)
         for consumer, settled in self._settled.items():
             self._settle(consumer, settled)
         if self._letters:
@@ -257,7 +257,7 @@ class Transaction:
         for record in records:
             values += (topics[record.topic], record.partition, record.id, record.frame, at_ms)
         new = _insert(
-            self._connection,
+            self.connection,
             "INSERT INTO events (topic, partition, id, frame, at_ms) VALUES",
             5,
             values,

@@ -13,6 +13,7 @@ from mesh.journal import (
     DeadQuery,
     Delivery,
     GroupView,
+    Size,
     Stored,
 )
 
@@ -206,6 +207,21 @@ def newest(connection: sqlite3.Connection) -> int | None:
     """Give the number of the newest event."""
     row = connection.execute("SELECT max(seq) FROM events").fetchone()
     return None if row is None else row[0]
+
+
+def size(connection: sqlite3.Connection) -> Size:
+    """Count events and bytes."""
+    (events,) = connection.execute("SELECT count(*) FROM events").fetchone()
+    return Size(events, used_bytes(connection))
+
+
+def used_bytes(connection: sqlite3.Connection) -> int:
+    """Give what the file holds, without the pages that are free."""
+    pages, free, page = (
+        int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return (pages - free) * page
 
 
 def dead(connection: sqlite3.Connection, query: DeadQuery, limit: int) -> list[DeadLetter]:

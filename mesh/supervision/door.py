@@ -41,13 +41,17 @@ class JournalDoor:
         Returns:
             False when it is away: then it is worth another try.
         """
+        journal: Journal | None = None
         try:
-            await work(await self._opened())
+            journal = await self._opened()
+            await work(journal)
         except Exception as error:  # noqa: BLE001 - whatever it is
             if not self._complained:
                 self._complained = True
                 _log.warning("the journal is away (said once): %s", error)
-            await self.aclose()
+            # Another one may have opened it anew meanwhile
+            if journal is not None and journal is self._journal:
+                await self.aclose()
             return isinstance(error, (ConfigurationError, NotImplementedError))
         if self._complained:
             self._complained = False

@@ -124,7 +124,9 @@ class Monitor:
             self._ledger.set("ready_at_us", time.time_ns() // 1000)
             self._ledger.set("state", STATES.index("ready"))
             async with asyncio.TaskGroup() as tasks:
-                trimmer = Trimmer(self._rundir, door, self._settings)
+                trimmer = Trimmer(
+                    self._rundir, door, self._settings, lambda: self._ledger.count("failed_trims")
+                )
                 endless = [
                     tasks.create_task(self._watch(tasks), name="watch"),
                     tasks.create_task(trimmer.run(), name="trim"),
@@ -327,13 +329,14 @@ def _tripwire(turned_s: Callable[[], float]) -> None:
             os._exit(EXIT_BUG)
 
 
-async def _main(rundir: RunDir) -> None:
+async def _main(rundir: RunDir, settings: MessageBusConfig) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     ledger = Ledger.open(rundir.ledger("monitor"))
-    monitor = Monitor(rundir, SupervisorClient(rundir.socket("supervisor")), ledger)
+    supervisor = SupervisorClient(rundir.socket("supervisor"))
+    monitor = Monitor(rundir, supervisor, ledger, settings=settings)
     threading.Thread(
         target=_tripwire, args=(lambda: monitor.turned_s,), name="tripwire", daemon=True
     ).start()
@@ -344,6 +347,7 @@ async def _main(rundir: RunDir) -> None:
 def main() -> int:
     """Run the monitor of MESH_DIR; returns the exit code."""
     try:
+        settings = MessageBusConfig.from_env()
         rundir = RunDir.from_env().ensure()
         process.prepare(rundir, "monitor", parent_bound=is_supervised())
         lock = process.only_incarnation(rundir, "monitor")
@@ -356,7 +360,7 @@ def main() -> int:
     with lock:
         close_log = set_up_logging("monitor", rundir.log("monitor"))
         try:
-            asyncio.run(_main(rundir))
+            asyncio.run(_main(rundir, settings))
         finally:
             close_log()
             process.drop_empty_stacks()

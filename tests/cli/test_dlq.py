@@ -187,7 +187,46 @@ def test_an_edit_keeps_the_rest_of_the_letter(rundir: Path) -> None:
     assert call("edit", "b", "{}").exit_code == 1
 
 
-def test_a_replay_says_why_it_refuses(rundir: Path) -> None:
+def write_down(folder: Path, *agents: str) -> None:
+    """Write a supervisord.conf with these agents."""
+    lines = [f"[program:{name}]\ncommand=python {name}.py\n" for name in agents]
+    (folder / "supervisord.conf").write_text("\n".join(lines))
+
+
+def test_a_replay_to_an_agent_that_is_gone_is_refused(rundir: Path, tmp_path: Path) -> None:
+    """It would wait for ever, and nobody would know."""
+    write_down(tmp_path, "audit", "monitor")
+    bury(rundir, failed("a"), failed("b", agent="audit"))
+
+    dry = told("replay", "--all", "--dry-run")
+    refused = call("replay", "--all")
+
+    assert dry["sent"] == [{"agent": "audit", "handler": "check", "count": 1}]
+    assert refused.exit_code == 1
+    assert "1 went to audit.check" in refused.stdout
+    assert "refused a: no agent and no group is called 'risk'" in refused.stdout
+    assert call("replay", "--all").exit_code == 1
+    forced = call("replay", "--all", "--force")
+    assert forced.exit_code == 0
+    assert "1 went to risk.check" in forced.stdout
+    assert f"risk is not running here and stands not in {tmp_path}" in forced.stderr
+
+
+def test_a_group_of_the_journal_gets_its_letters(rundir: Path, tmp_path: Path) -> None:
+    """Its agent may run elsewhere: on another host, or as a script of somebody's."""
+    write_down(tmp_path, "audit")
+    bury(rundir, failed("a"))
+
+    async def declare() -> None:
+        async with SQLiteJournal(RunDir(rundir).journal()) as journal:
+            await journal.declare("risk", ["order"])
+
+    asyncio.run(declare())
+    assert call("replay", "--all").exit_code == 0
+
+
+def test_a_replay_says_why_it_refuses(rundir: Path, tmp_path: Path) -> None:
+    write_down(tmp_path, "risk")
     bury(
         rundir,
         failed("a"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from mesh.card import Card, write_card
 from mesh.cli.main import JOURNAL_COMMANDS, cli
 from mesh.journal import Step
 from mesh.journals.sqlite import SQLiteJournal
@@ -97,7 +99,12 @@ def test_what_is_not_meant_so_is_refused(kept: Path, words: tuple[str, ...], wha
 
 
 def test_a_group_is_forgotten_and_what_it_owed_can_be_trimmed(kept: Path) -> None:
-    assert told("forget", "risk", "--yes") == {"group": "risk", "forgotten": True, "pending": 14}
+    assert told("forget", "risk", "--yes") == {
+        "group": "risk",
+        "topic": None,
+        "forgotten": True,
+        "pending": 14,
+    }
     assert [row["group"] for row in told("ls")["groups"]] == ["audit"]
     assert call("forget", "risk", "--yes").exit_code == 1
     told("trim", "--max-bytes", "1k")
@@ -111,6 +118,89 @@ def test_an_agent_of_this_project_is_forgotten_by_force_only(kept: Path, tmp_pat
     assert refused.exit_code == 2
     assert "stands in" in refused.stderr
     assert told("forget", "risk", "--yes", "--force")["forgotten"] is True
+
+
+def test_what_is_kept_in_all_is_told(kept: Path, own_mesh_dir: Path) -> None:
+    assert "20 events are kept, " in call("ls").stdout
+    shown = told("ls")
+    assert shown["events"] == 20
+    assert shown["bytes"] > 1000
+
+
+def test_one_topic_of_a_group_is_forgotten(kept: Path, tmp_path: Path) -> None:
+    """Of an agent that stands in supervisord.conf, too: it has ceased to hear it."""
+    (tmp_path / "supervisord.conf").write_text("[program:risk]\ncommand=python risk.py\n")
+    words = "forget", "risk", "--topic", "order"
+
+    assert call("forget", "risk", "--topic", "fill", "--yes").exit_code == 1
+    asked = call(*words)
+    assert asked.exit_code == 2
+    assert "14 events that risk has not settled of order would be forgotten" in asked.stderr
+    assert told(*words, "--yes")["pending"] == 14
+    assert [row["group"] for row in told("ls")["groups"]] == ["audit"]
+
+
+def test_a_topic_that_an_agent_heard_when_it_last_ran_is_forgotten_by_force_only(
+    kept: Path,
+) -> None:
+    write_card_of(kept, durable=("order",))
+    words = "forget", "risk", "--topic", "order", "--yes"
+
+    refused = call(*words)
+    assert refused.exit_code == 2
+    assert "risk heard order when it last ran" in refused.stderr
+    assert told(*words, "--force")["forgotten"] is True
+
+
+def test_without_a_project_around_the_conf_of_the_last_start_counts(kept: Path) -> None:
+    (kept / "conf" / "supervisord.conf").write_text("[program:risk]\ncommand=python risk.py\n")
+
+    refused = call("forget", "risk", "--yes")
+
+    assert refused.exit_code == 2
+    assert f"risk stands in {kept / 'conf' / 'supervisord.conf'}" in refused.stderr
+    assert call("forget", "audit", "--yes").exit_code == 0
+
+
+def test_an_agent_that_runs_is_not_forgotten_even_by_force(kept: Path) -> None:
+    """A source has no consumer that the journal could know of; its lock tells."""
+    write_card_of(kept, name="worker", group="risk")
+    home = RunDir(kept)
+    with home.acquire(home.lock("worker")):
+        refused = call("forget", "risk", "--yes", "--force")
+
+    assert refused.exit_code == 78
+    assert f"cannot be forgotten while it lives: pid {os.getpid()}" in refused.stderr
+    assert told("forget", "risk", "--yes", "--force")["forgotten"] is True
+
+
+def test_a_terminal_is_asked_before_anything_is_forgotten(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh.cli.say.is_terminal", lambda *_: True)
+
+    refused = call("forget", "audit", stdin="n\n")
+    assert refused.exit_code == 1
+    assert "Forget 0 events that audit has not settled, for good?" in refused.output
+    assert call("forget", "risk", stdin="y\n").exit_code == 0
+    assert [row["group"] for row in told("ls")["groups"]] == ["audit"]
+
+
+def write_card_of(
+    kept: Path, name: str = "risk", group: str = "risk", durable: tuple[str, ...] = ()
+) -> None:
+    card = Card(
+        name=name,
+        pid=1,
+        script="",
+        hears=durable,
+        says=(),
+        started_at_s=0.0,
+        state="stopped",
+        group=group,
+        durable=durable,
+    )
+    write_card(RunDir(kept), card)
 
 
 def test_a_group_that_lives_is_not_forgotten(kept: Path) -> None:

@@ -992,6 +992,20 @@ async def test_scan_can_begin_with_what_comes_later(journal: Journal) -> None:
     assert [each.id for each in await journal.scan(after=middle)] == ["z"]
 
 
+async def test_the_size_is_that_of_what_is_kept_settled_or_not(journal: Journal) -> None:
+    empty = await journal.size()
+    await journal.append([Record("order", f"e{at}", bytes(10_000), f"k{at}") for at in range(100)])
+    full = await journal.size()
+    await drain(journal, "risk", "risk")
+    settled = await journal.size()
+    await journal.trim(max_age_s=-1)
+    after = await journal.size()
+
+    assert (empty.events, full.events, settled.events, after.events) == (0, 100, 100, 0)
+    assert full.bytes - empty.bytes >= 1_000_000
+    assert after.bytes < full.bytes - 900_000
+
+
 async def test_trim_forgets_only_what_every_group_has_settled(journal: Journal) -> None:
     await journal.declare("audit", ["order"])
     await journal.append([*numbered(20), *records("free", topic="unheard")])
@@ -1102,3 +1116,84 @@ async def test_a_group_that_lives_is_not_forgotten(fabric: JournalFabric, journa
 
 async def test_a_group_that_was_never_there_cannot_be_forgotten(journal: Journal) -> None:
     assert await journal.forget("nobody") is False
+
+
+async def test_a_group_that_only_has_state_is_forgotten_too(journal: Journal) -> None:
+    """A source hears nothing."""
+    await journal.commit("feed", "feed", [Step(state={"row": b"7"})])
+
+    assert await journal.forget("feed", "order") is False
+    assert await journal.load_state("feed") == {"row": b"7"}
+    assert await journal.forget("feed") is True
+    assert await journal.load_state("feed") == {}
+    assert await journal.forget("feed") is False
+
+
+async def test_one_topic_of_a_group_is_forgotten_and_the_rest_stays(
+    fabric: JournalFabric, journal: Journal
+) -> None:
+    """Also what a dead consumer had in hand, of both topics, and what is marked of it."""
+    await journal.declare("risk", ["order", "fill"])
+    await journal.append([*numbered(16), *records(*"abcdefgh", topic="fill")])
+    other = await fabric.open()
+    held = await other.read("risk", "risk")
+    of = {topic: [each for each in held if each.topic == topic] for topic in ("order", "fill")}
+    step = Step(
+        acks=[of["order"][1], of["fill"][1]],
+        done=[(of["order"][2], "check"), (of["fill"][2], "check")],
+        state={"position": b"7"},
+    )
+    assert await other.commit("risk", "risk", [step]) == []
+    await journal.free("risk", "risk")
+
+    assert await journal.forget("risk", "never") is False
+    assert await journal.forget("risk", "fill") is True
+    assert await journal.forget("risk", "fill") is False
+    assert {view.topic: view.pending for view in await journal.groups()} == {"order": 15}
+    assert await journal.load_state("risk") == {"position": b"7"}
+    await journal.trim(max_age_s=-1)
+    assert await journal.scan(["fill"]) == []
+
+    left = await drain(journal, "risk", "risk")
+    assert sorted(ids(left)) == sorted(each.id for each in of["order"] if each != of["order"][1])
+    assert {each.id for each in left if each.done} == {of["order"][2].id}
+    # Heard anew, it begins anew
+    await journal.declare("risk", ["fill"])
+    await journal.append(records("new", topic="fill"))
+    (new,) = await drain(journal, "risk", "risk")
+    assert (new.id, new.deliveries) == ("new", 1)
+
+
+async def test_one_topic_of_a_group_that_lives_is_not_forgotten(
+    fabric: JournalFabric, journal: Journal
+) -> None:
+    """And refused, nothing has changed: what it holds it can settle."""
+    other = await fabric.open()
+    await journal.append(numbered(3))
+    held = await journal.read("risk", "risk")
+    for topic in ("order", None):
+        with pytest.raises(ConfigurationError, match="cannot be forgotten while it lives: risk"):
+            await other.forget("risk", topic)
+
+    assert await settle(journal, "risk", "risk", held) == []
+    await journal.append(records("next"))
+    assert ids(await journal.read("risk", "risk", wait_s=5)) == ["next"]
+
+
+async def test_who_was_taken_for_dead_can_settle_nothing_of_a_forgotten_group(
+    fabric: JournalFabric, journal: Journal
+) -> None:
+    other = await fabric.open()
+    await journal.append(numbered(3))
+    held = await journal.read("risk", "risk")
+    await fabric.let_leases_end()
+    assert await other.forget("risk") is True
+    await other.declare("risk", ["order"])
+    await other.append(records("new"))
+
+    late = Step(acks=held, state={"late": b"1"}, records=records("echo", topic="fill"))
+    assert await journal.commit("risk", "risk", [late]) == [late]
+
+    assert await other.load_state("risk") == {}
+    assert await other.scan(["fill"]) == []
+    assert ids(await drain(other, "risk", "risk@2")) == ["new"]

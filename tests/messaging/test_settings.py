@@ -71,6 +71,27 @@ def test_every_variable_of_the_contract_is_read(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+def test_what_the_journal_keeps_is_set_by_age_and_size() -> None:
+    """Nothing, and an empty word, mean for ever: what is forgotten does not come back."""
+    names = "LEGION_JOURNAL_MAX_AGE_S", "LEGION_JOURNAL_MAX_BYTES"
+
+    def kept(*values: str) -> tuple[float, int]:
+        config = MessageBusConfig.from_env(dict(zip(names, values, strict=False)))
+        assert config.to_dict()["journal_max_age_s"] == config.journal_max_age_s
+        return config.journal_max_age_s, config.journal_max_bytes
+
+    assert kept() == (7 * 86_400, 0)
+    assert kept("3600", "2000000") == (3600, 2_000_000)
+    assert kept("0", "0") == (0, 0)
+    assert kept("", "") == (0, 0)
+    with pytest.raises(ConfigurationError) as refused:
+        kept("5", "-1")
+    assert refused.value.problems == [
+        "LEGION_JOURNAL_MAX_AGE_S=5: must be 0 (keep for ever), or 60 to 3e+09 seconds",
+        "LEGION_JOURNAL_MAX_BYTES=-1: must be 0 (no limit), or at least 1048576",
+    ]
+
+
 def test_secrets_are_masked_wherever_settings_are_shown() -> None:
     config = MessageBusConfig(redis_password=SECRET, redis_sentinel_password=SECRET)
 

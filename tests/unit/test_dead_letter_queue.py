@@ -79,6 +79,23 @@ async def test_a_pace_of_nothing_is_refused(journal: MemoryJournal) -> None:
             await DeadLetterQueue(journal).replay(ALL_DEAD, rate_per_s=rate)
 
 
+async def test_letters_of_agents_that_are_gone_are_refused_by_name(journal: MemoryJournal) -> None:
+    """They would wait for ever; who has a group, or is named, is there. A replay makes none."""
+    await journal.declare("audit", ["order"])
+    await journal.bury([failed(name, agent=name) for name in ("risk", "audit", "fills")])
+    queue = DeadLetterQueue(journal)
+
+    report = await queue.replay(ALL_DEAD, agents=["fills"], rate_per_s=math.inf)
+
+    assert sorted(agent for agent, _ in report.sent) == ["audit", "fills"]
+    (refused,) = report.refused
+    assert refused.id == (await queue.ls())[0].id
+    assert refused.why.startswith("no agent and no group is called 'risk': it would wait for ever")
+    assert (await queue.replay(ALL_DEAD)).replayed == 1
+    await journal.bury([failed("again", agent="risk")])
+    assert (await queue.replay(ALL_DEAD, agents=[])).replayed == 0
+
+
 async def test_a_letter_that_fails_before_it_is_removed_stays() -> None:
     """A handler that fails at once writes the letter anew while the replay is on its way."""
 
