@@ -25,9 +25,8 @@ lint_and_types() {
   step "mypy" "$venv/bin/mypy"
 }
 
-# Many tests wait for processes of theirs to begin or end, so there is one worker more than there are
-# cores; more than eight only get in each other's way. At least two, so that tests that cannot stand
-# a neighbour are found on any machine.
+# Many tests wait for processes of theirs to begin or end, so there are two workers a core; more than
+# eight only get in each other's way.
 run_pytest() {
   export PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(_workers)}
   "$venv/bin/python" -m pytest -n auto --dist worksteal "$@"
@@ -40,5 +39,5 @@ _workers() {
   if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$quota" != max ]; then
     count=$((quota / period < count ? quota / period : count))
   fi
-  echo $((count > 7 ? 8 : count + 1))
+  echo $((count > 4 ? 8 : 2 * count))
 }
