@@ -12,8 +12,11 @@ The first byte tells the form, so all can be mixed on one fabric:
 
 A live batch, all events of one topic and publisher, numbers big endian::
 
-    0xC1 | version u8 = 1 | name length u8 | publisher | epoch u64 | first sequence u64 | count u16
-         | msgpack array of CloudEvents
+    0xC1 | version u8 | name length u8 | publisher | epoch u64 | first sequence u64 | count u16
+         | body
+
+The body of version 1 is a msgpack array of CloudEvents, that of version 2 a table of them
+(`mesh.columns`), which is what a sender makes of more than a few.
 
 Live events in JSON carry ``sequence`` and ``epoch`` as extension attributes instead.
 docs/wire.md shows golden frames; old frames decode for ever.
@@ -30,6 +33,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from mesh import columns
 from mesh.errors import FrameError, PayloadError
 from mesh.events import Event, EventType, OwnEvent, declaration_of, payload_of
 from mesh.payloads import (
@@ -49,7 +53,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
 BATCH_MARK = 0xC1
-BATCH_VERSION = 1
+#: Versions of a batch: its events one after the other, or as a table.
+ROWS, TABLE = 1, 2
+#: Fewer events than this travel one after the other: a table of them costs more than it saves.
+_FEW = 6
 #: A batch is closed at this size; a single larger event travels alone.
 MAX_BATCH_BYTES = 64 * 1024
 MAX_BATCH_EVENTS = 512
@@ -61,7 +68,7 @@ _MAX_EPOCH = 2**63
 
 _HEAD = struct.Struct(">BBB")
 _TAIL = struct.Struct(">QQH")
-_JOINED = _HEAD.pack(BATCH_MARK, BATCH_VERSION, 0)
+_JOINED = _HEAD.pack(BATCH_MARK, ROWS, 0)
 
 _packer = msgspec.msgpack.Encoder()
 _json = msgspec.json.Encoder()
@@ -99,18 +106,36 @@ class Batch(State):
     rejected: list[tuple[str, str, bytes]] | None = None
 
 
-def batch_prefix(publisher: str) -> bytes:
-    """Make the fixed start of a publisher's live batches."""
-    name = publisher.encode()
-    if len(name) > 255:
-        raise PayloadError(f"agent name {publisher[:40]!r}... has {len(name)} bytes, limit 255")
-    return _HEAD.pack(BATCH_MARK, BATCH_VERSION, len(name)) + name
+class Batcher:
+    """
+    Makes one publisher's live batches.
 
+    Args:
+        publisher: Its name.
 
-def encode_batch(prefix: bytes, epoch: int, first: int, events: list[Event]) -> bytes:
-    """Put a live batch together; the payloads come from a `payload_encoder`."""
-    # One call into C for all of them costs half of what a call for each does
-    return b"".join((prefix, _TAIL.pack(epoch, first, len(events)), _packer.encode(events)))
+    Raises:
+        PayloadError: The name is too long.
+    """
+
+    def __init__(self, publisher: str) -> None:
+        """Prepare what all its batches begin with."""
+        name = publisher.encode()
+        if len(name) > 255:
+            raise PayloadError(f"agent name {publisher[:40]!r}... has {len(name)} bytes, limit 255")
+        self._rows = _HEAD.pack(BATCH_MARK, ROWS, len(name)) + name
+        self._table = _HEAD.pack(BATCH_MARK, TABLE, len(name)) + name
+
+    def encode(self, topic: str, epoch: int, first: int, events: list[Event]) -> bytes:
+        """Put a live batch together; the payloads come from a `payload_encoder`."""
+        count = len(events)
+        if count >= _FEW:
+            return self.encode_table(columns.tabulate(topic, events), epoch, first)
+        return b"".join((self._rows, _TAIL.pack(epoch, first, count), _packer.encode(events)))
+
+    def encode_table(self, table: columns.Table, epoch: int, first: int) -> bytes:
+        """Put a live batch together of events that are a table already."""
+        tail = _TAIL.pack(epoch, first, len(table.id))
+        return b"".join((self._table, tail, columns.pack(table)))
 
 
 def join_frames(frames: Sequence[bytes]) -> bytes:
@@ -158,10 +183,13 @@ def is_frame(frame: bytes) -> bool:
     if mark == BATCH_MARK:
         return (
             len(frame) > _HEAD.size
-            and frame[1] == BATCH_VERSION
+            and frame[1] in (ROWS, TABLE)
             and len(frame) > _HEAD.size + frame[2] + _TAIL.size
         )
     return mark in (0x7B, 0x5B, 0xDE, 0xDF) or 0x80 <= mark <= 0x8F
+
+
+_bounds_itself = functools.cache(is_closed)
 
 
 @functools.cache
@@ -216,8 +244,8 @@ def _decode_batch(topic: str, frame: bytes, schema: type[Any] | None) -> Batch:
     if len(frame) < _HEAD.size:
         raise FrameError("undecodable", "the header of the batch is cut off")
     _, version, length = _HEAD.unpack_from(frame)
-    if version != BATCH_VERSION:
-        raise FrameError("unknown_version", f"batch version {version}, known: {BATCH_VERSION}")
+    if version not in (ROWS, TABLE):
+        raise FrameError("unknown_version", f"batch version {version}, known: {ROWS} and {TABLE}")
     start = _HEAD.size + length
     body = start + _TAIL.size
     if len(frame) <= body:
@@ -229,7 +257,38 @@ def _decode_batch(topic: str, frame: bytes, schema: type[Any] | None) -> Batch:
     epoch, first, count = _TAIL.unpack_from(frame, start)
     _check_numbers(epoch, first, count)
     batch = Batch(topic, [], publisher, epoch, first, count)
-    events = memoryview(frame)[body:]
+    decode = _decode_rows if version == ROWS else _decode_table
+    return decode(batch, memoryview(frame)[body:], len(frame), schema)
+
+
+def _decode_table(batch: Batch, body: memoryview, size: int, schema: type[Any] | None) -> Batch:
+    topic, count = batch.topic, batch.count
+    member = declaration_of(topic).member
+    if schema is not None and _bounds_itself(cast("Hashable", schema)):
+        with contextlib.suppress(msgspec.MsgspecError, ValueError):
+            batch.events = columns.unpack(body, count, topic, member, schema)
+            return batch
+    try:
+        events = columns.unpack(body, count, topic, member, dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return _accept(batch, _rows_of(body, count))
+    if _all_sound(events, member, size):
+        batch.events = events
+        return batch
+    return _check_each(batch, events, member, size)
+
+
+def _rows_of(body: memoryview, count: int) -> list[bytes]:
+    try:
+        return columns.rows_of(body, count)
+    except FrameError:
+        raise
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        raise FrameError(_reason(error), str(error)) from None
+
+
+def _decode_rows(batch: Batch, events: memoryview, size: int, schema: type[Any] | None) -> Batch:
+    topic, count = batch.topic, batch.count
     member = declaration_of(topic).member
     builtin = type(member) is EventType
     typed = None if schema is None else _typed_unpacker(cast("Hashable", schema), builtin=builtin)
@@ -246,14 +305,14 @@ def _decode_batch(topic: str, frame: bytes, schema: type[Any] | None) -> Batch:
     if len(decoded) != count:
         raise FrameError("undecodable", f"{len(decoded)} events where the header says {count}")
     if (typed is not None and {member}.issuperset(map(_type_of, decoded))) or (
-        typed is None and _all_sound(decoded, member, len(frame))
+        typed is None and _all_sound(decoded, member, size)
     ):
         batch.events = decoded
         if type(member) not in (EventType, str):
             for event in decoded:
                 _force(event, "type", member)
         return batch
-    return _check_each(batch, decoded, member, len(frame))
+    return _check_each(batch, decoded, member, size)
 
 
 def _check_numbers(epoch: int, first: int, count: int) -> None:

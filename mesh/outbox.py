@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from mesh import codec
+from mesh.columns import cut
 from mesh.context import current_context
 from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError, ConfigurationError
 from mesh.events import declaration_of, is_durable
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from mesh.broker import MessageBroker
     from mesh.clock import Clock
+    from mesh.columns import Table
     from mesh.events import Event
     from mesh.journal import Journal
     from mesh.ledger import Ledger
@@ -60,6 +63,8 @@ class Outgoing(State, eq=False):
     #: Bytes of payload in the batch.
     size: int = 0
     events: list[Event] = field(default_factory=list)
+    #: Batches that are closed and older than `events`: how many events, and the frame.
+    closed: deque[tuple[int, bytes]] = field(default_factory=deque)
 
 
 class Outbox:
@@ -94,7 +99,7 @@ class Outbox:
         self._clock = clock
         self._json = wire_format == "json"
         self._timeout_s = timeout_s
-        self._prefix = codec.batch_prefix(agent_name)
+        self._batcher = codec.Batcher(agent_name)
         self._dirty: list[Outgoing] = []
         #: True from the first event of a loop turn to the end of the turn.
         self._in_turn = False
@@ -168,7 +173,8 @@ class Outbox:
         if self._closed:
             out.events.clear()
             self._require_open()
-        self._dirty.append(out)
+        if not out.closed:
+            self._dirty.append(out)
         if self._in_turn:
             return
         self._in_turn = True
@@ -179,36 +185,37 @@ class Outbox:
             self._drop(out, error)
             raise
 
-    async def add_all(self, out: Outgoing, events: list[Event], sizes: list[int]) -> None:
+    async def add_table(self, out: Outgoing, table: Table) -> None:
         """
-        Send many events of one topic, in full batches as far as they go.
+        Send many events of one topic, in batches of their own.
 
         Args:
             out: What their topic's `open` gave.
-            events: Their payloads come from `out.encode_all`.
-            sizes: Bytes of their payloads.
+            table: Its payloads come from `out.encode_all`; one name, moment and cause for all.
 
         Raises:
             ClosedError: The publisher or the broker is closed.
             BackpressureError: The fabric stayed full.
         """
         self._require_open()
-        begun, end = 0, len(events)
+        sizes = list(map(len, table.data))
+        begun, end = 0, len(sizes)
         while begun < end:
-            held = len(out.events)
-            until = min(end, begun + codec.MAX_BATCH_EVENTS - held)
+            until = min(end, begun + codec.MAX_BATCH_EVENTS)
             size = sum(sizes[begun:until])
-            while out.size + size > codec.MAX_BATCH_BYTES and until > begun + 1:
+            while size > codec.MAX_BATCH_BYTES and until > begun + 1:
                 until -= 1
                 size -= sizes[until]
-            if not held:
+            part = table if until - begun == end else cut(table, begun, until)
+            if out.events:
+                self._close_batch(out)
+            elif not out.closed:
                 self._dirty.append(out)
-            out.events += events[begun:until]
-            out.size += size
+            frame = self._batcher.encode_table(part, out.epoch, out.sequence + 1)
             self._cells[out.sequence_at] = out.sequence = out.sequence + until - begun
+            out.closed.append((until - begun, frame))
             begun = until
-            if begun < end:
-                await self.send_full(out)
+            await self.send_full(out)
 
     async def send_alone(self, out: Outgoing, event: Event) -> None:
         """Send an event as a message of its own: private topics, and the JSON form."""
@@ -295,19 +302,32 @@ class Outbox:
                 await asyncio.gather(self._drainer, return_exceptions=True)
 
     def _send(self, out: Outgoing) -> bool:
-        """Hand a batch to the fabric; False, and nothing changed, when it takes none now."""
-        events = out.events
-        if not events:
+        """Hand all to the fabric; False, with the rest still here, when it takes no more now."""
+        events, closed = out.events, out.closed
+        if not events and not closed:
             return True
-        first = out.sequence - len(events) + 1
-        frame = codec.encode_batch(self._prefix, out.epoch, first, events)
-        if not self._try_send(out.topic, frame):
+        while closed:
+            if not self._try_send(out.topic, closed[0][1]):
+                return False
+            closed.popleft()
+        if events and not self._try_send(out.topic, self._frame_of(out)):
             return False
         self._clear(out)
         return True
 
+    def _frame_of(self, out: Outgoing) -> bytes:
+        events = out.events
+        return self._batcher.encode(out.topic, out.epoch, out.sequence - len(events) + 1, events)
+
+    def _close_batch(self, out: Outgoing) -> None:
+        """Let nothing more into a batch, for something younger leaves in another."""
+        out.closed.append((len(out.events), self._frame_of(out)))
+        out.events.clear()
+        out.size = 0
+
     def _clear(self, out: Outgoing) -> None:
         out.events.clear()
+        out.closed.clear()
         out.size = 0
         self._dirty.remove(out)
 
@@ -347,7 +367,7 @@ class Outbox:
 
     def _drop(self, out: Outgoing, error: Exception) -> None:
         """Give a batch up. Its sequence numbers are spent, so every consumer counts the loss."""
-        lost = len(out.events)
+        lost = len(out.events) + sum(count for count, _ in out.closed)
         if not lost:
             return  # somebody who waited for the same batch has given it up, or sent it
         self._ledger.count("unsent", lost)

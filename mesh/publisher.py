@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from datetime import timedelta
-from itertools import repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,11 @@ import msgspec
 
 from mesh.causality import current_event
 from mesh.clock import SYSTEM_CLOCK
+from mesh.columns import Table
 from mesh.context import current_context
 from mesh.deadletters import DeadLetters
 from mesh.errors import BrokerUnavailableError
-from mesh.events import Event, id_source, is_durable, payload_of
+from mesh.events import Event, Ids, is_durable, payload_of
 from mesh.handlers import compose
 from mesh.ledger import Ledger
 from mesh.outbox import Outbox, Outgoing
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 _TRY_S = 1.0
 #: How long a timestamp serves: a tight loop's events share one.
 _FRESH_S = 50e-6
-_first = itemgetter(0)
+_first, _second = itemgetter(0), itemgetter(1)
 
 
 class PublisherConfig(Value, frozen=True, kw_only=True):
@@ -75,8 +75,8 @@ class EventPublisher:
         self._now = config.clock.now
         self._mono_s = config.clock.mono_s
         self._stamp, self._stale_s = self._now(), 0.0
-        self._ids = id_source()
-        self._new_id = self._ids.__next__
+        self._ids = Ids()
+        self._new_id = self._ids.one
         self._outgoing: dict[str, Outgoing] = {}
         self._outbox = Outbox(
             config.agent_name,
@@ -255,43 +255,61 @@ class EventPublisher:
         if parent is not None:
             correlation_id, causation_id = parent.correlation_id, parent.id
             traceparent, hops = parent.traceparent, parent.hops + 1
-        now = self._now()
-        made: list[tuple[Outgoing, list[Event], list[int]]] = []
-        for event_type, pairs in itertools.groupby(events, key=_first):
-            out = self._outgoing.get(event_type) or self._open(event_type)
-            payloads = out.encode_all([data for _, data in pairs])
-            if out.durable:
-                ids = [self._identity(out) for _ in payloads]
-            else:
-                ids = list(itertools.islice(self._ids, len(payloads)))
-            # One pass in C: a Python-level loop would cost as much as all the rest
-            same = map(
-                Event,
-                repeat(out.member),
-                payloads,
-                repeat(self.agent_name),
-                repeat(now),
-                repeat(correlation_id) if correlation_id else ids,
-                ids,
-                repeat(causation_id),
-                repeat(None),
-                repeat(None),
-                repeat(traceparent),
-                repeat(None),
-                repeat(hops),
-            )
-            made.append((out, list(same), list(map(len, payloads))))
-        for out, batch, sizes in made:
-            if self._chain is None and (out.batched or out.durable):
-                if out.durable:
-                    await self._outbox.keep(out, batch)
-                else:
-                    await self._outbox.add_all(out, batch, sizes)
+        now, name = self._now(), self.agent_name
+        groups = self._grouped(events)
+        ready = [(out, out.encode_all(data)) for out, data in groups]
+        for out, payloads in ready:
+            count = len(payloads)
+            if self._chain is None and out.batched:
+                table = Table(
+                    out.topic,
+                    payloads,
+                    name,
+                    now,
+                    self._ids.many(count),
+                    correlation_id,
+                    causation_id,
+                    traceparent=traceparent,
+                    hops=hops,
+                )
+                await self._outbox.add_table(out, table)
+                continue
+            ids = [self._identity(out) for _ in payloads] if out.durable else self._ids.many(count)
+            batch = [
+                Event(
+                    out.member,
+                    payload,
+                    name,
+                    now,
+                    correlation_id or identity,
+                    identity,
+                    causation_id,
+                    traceparent=traceparent,
+                    hops=hops,
+                )
+                for identity, payload in zip(ids, payloads, strict=True)
+            ]
+            if self._chain is None and out.durable:
+                await self._outbox.keep(out, batch)
                 continue
             for event in batch:
                 await (self._chain or self._enter)(event)
         await self._outbox.flush()
-        return sum(len(batch) for _, batch, _ in made)
+        return sum(len(payloads) for _, payloads in ready)
+
+    def _grouped(self, events: Iterable[tuple[str, Any]]) -> list[tuple[Outgoing, list[Any]]]:
+        """Bring together what goes out on one topic; durable events keep their order across."""
+        groups: dict[str, list[Any]] = {}
+        made: list[tuple[Outgoing, list[Any]]] = []
+        for event_type, pairs in itertools.groupby(events, key=_first):
+            data = list(map(_second, pairs))
+            out = self._outgoing.get(event_type) or self._open(event_type)
+            if not out.durable and out.topic in groups:
+                groups[out.topic] += data
+                continue
+            groups[out.topic] = data
+            made.append((out, data))
+        return made
 
     async def publish_with_retry(
         self,

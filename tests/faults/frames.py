@@ -245,8 +245,9 @@ def _sound_frames(topic: str) -> list[bytes]:
     frames = [codec.encode_single(event), codec.encode_json(event)]
     frames.append(codec.encode_json(event, epoch=7, sequence=8))
     frames.append(b"[" + frames[1] + b"," + frames[1] + b"]")
-    for count in (1, 3):
-        frames.append(codec.encode_batch(codec.batch_prefix("stranger"), 7, 8, [event] * count))
+    batcher = codec.Batcher("stranger")
+    for count in (1, 3, 8):
+        frames.append(batcher.encode(topic, 7, 8, [event] * count))
     return frames
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import msgspec
 import pytest
@@ -30,6 +31,23 @@ GOLDEN_JSON = (
 )
 
 
+#: Two columns besides ids and payloads, the other attributes said once.
+GOLDEN_TABLE = bytes.fromhex(
+    "87ab7370656376657273696f6ea3312e30a474797065b46d61726b65742e646174612e7265636569766564a4"
+    "646174619681a170cb000000000000000081a170cb3fe000000000000081a170cb3ff000000000000081a170"
+    "cb3ff800000000000081a170cb400000000000000081a170cb4004000000000000a6736f75726365a4666565"
+    "64a474696d65d6ff695735a5a2696496a3652d30a3652d31a3652d32a3652d33a3652d34a3652d35ac706172"
+    "746974696f6e6b657996c0a3425443c0a3425443c0a3425443"
+)
+
+
+def six_events() -> list[Event]:
+    return [
+        Event(TOPIC, {"p": n / 2}, "feed", WHEN, f"e-{n}", f"e-{n}", key="BTC" if n % 2 else None)
+        for n in range(6)
+    ]
+
+
 class Tick(msgspec.Struct, frozen=True):
     symbol: str
     price: float
@@ -39,14 +57,18 @@ TICK = event_type("test.codec.tick", schema=Tick)
 
 
 def batch(*events: Event) -> bytes:
-    return codec.encode_batch(codec.batch_prefix("feed"), 7, 8, list(events))
+    return codec.Batcher("feed").encode(events[0].type, 7, 8, list(events))
+
+
+def header(version: int, count: int) -> bytes:
+    numbers = (7).to_bytes(8, "big") + (8).to_bytes(8, "big")
+    return bytes((0xC1, version, 4)) + b"feed" + numbers + count.to_bytes(2, "big")
 
 
 def test_the_golden_frames_decode_for_ever() -> None:
-    header = b"\xc1\x01\x04feed" + (7).to_bytes(8, "big") + (8).to_bytes(8, "big") + b"\x00\x01"
-    golden_batch = header + b"\x91" + GOLDEN_EVENT
+    golden_batch = header(1, 1) + b"\x91" + GOLDEN_EVENT
     # As it was written before arrays were kept short
-    old_batch = header + b"\xdd\x00\x00\x00\x01" + GOLDEN_EVENT
+    old_batch = header(1, 1) + b"\xdd\x00\x00\x00\x01" + GOLDEN_EVENT
 
     assert codec.encode_single(EVENT) == GOLDEN_EVENT
     assert batch(EVENT) == golden_batch
@@ -58,13 +80,24 @@ def test_the_golden_frames_decode_for_ever() -> None:
     assert (decoded.publisher, decoded.epoch, decoded.first, decoded.count) == ("feed", 7, 8, 1)
 
 
+def test_the_golden_table_decodes_for_ever() -> None:
+    events = six_events()
+    golden = header(2, 6) + GOLDEN_TABLE
+
+    assert batch(*events) == golden
+    decoded = codec.decode_frame(TOPIC, golden)
+    assert decoded.events == events
+    assert decoded.events[0].type is TOPIC
+    assert (decoded.publisher, decoded.epoch, decoded.first, decoded.count) == ("feed", 7, 8, 6)
+
+
 @pytest.mark.parametrize(
     ("frame", "reason"),
     [
         (b"", "undecodable"),
         (b"\x00", "undecodable"),
         (b"\xc1", "undecodable"),
-        (b"\xc1\x02\x00" + bytes(30), "unknown_version"),
+        (b"\xc1\x03\x00" + bytes(30), "unknown_version"),
         (b"{", "undecodable"),
         (b'{"specversion":"9.9","type":"x","data":{},"source":"s"}', "unknown_version"),
         (b'{"specversion":"1.0","type":"x"}', "invalid"),
@@ -79,6 +112,10 @@ def test_what_is_no_frame_is_refused_with_a_reason(frame: bytes, reason: str) ->
     assert caught.value.reason == reason
 
 
+def as_sent(data: object) -> Any:
+    return msgspec.Raw(msgspec.msgpack.encode(data))
+
+
 def deep(levels: int) -> dict[str, object]:
     value: dict[str, object] = {}
     for _ in range(levels):
@@ -91,14 +128,93 @@ def test_one_broken_event_does_not_take_its_neighbours_along() -> None:
     wrong_type = good.replace(b"market.data.received", b"market.data.REceived")
     too_deep = msgspec.msgpack.encode(msgspec.structs.replace(EVENT, data=deep(40)))
     not_a_map = msgspec.msgpack.encode([1, 2])
-    head = codec.batch_prefix("feed") + (7).to_bytes(8, "big") * 2 + b"\x00\x05"
     body = b"".join((good, wrong_type, too_deep, not_a_map, good))
 
-    decoded = codec.decode_frame(TOPIC, head + b"\xdd\x00\x00\x00\x05" + body)
+    decoded = codec.decode_frame(TOPIC, header(1, 5) + b"\xdd\x00\x00\x00\x05" + body)
 
     assert decoded.events == [EVENT, EVENT]
     assert decoded.rejected is not None
     assert [reason for reason, _, _ in decoded.rejected] == ["wrong_topic", "too_deep", "invalid"]
+
+
+ODD: dict[str, list[object]] = {
+    "source_agent": ["feed", "replay"],
+    "timestamp": [WHEN, WHEN + timedelta(seconds=1)],
+    "correlation_id": ["c-1", "e-1"],
+    "causation_id": [None, "cause", "another"],
+    "key": [None, "BTC", "ETH"],
+    "expires_at": [None, WHEN],
+    "traceparent": [None, "00-11-22-01"],
+    "reply_to": [None, "_reply.1"],
+    "hops": [0, 3],
+}
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("name", ODD)
+def test_a_table_keeps_every_attribute_of_every_event(name: str, mixed: bool) -> None:
+    values = ODD[name] if mixed else ODD[name][-1:]
+    events = [
+        msgspec.structs.replace(event, **{name: values[n % len(values)]})
+        for n, event in enumerate(six_events())
+    ]
+
+    assert codec.decode_frame(TOPIC, batch(*events)).events == events
+
+
+def test_a_table_with_schema_comes_as_what_the_handlers_ask_for() -> None:
+    encode = payload_encoder(TICK)
+    events = [Event(TICK, encode(Tick("BTC", n)), "feed", WHEN, "c", f"e-{n}") for n in range(6)]
+
+    decoded = codec.decode_frame(TICK, batch(*events), Tick).events
+
+    assert [payload_of(event) for event in decoded] == [Tick("BTC", n) for n in range(6)]
+    assert decoded == events
+
+
+@pytest.mark.parametrize("schema", [None, Tick])
+def test_one_broken_event_of_a_table_does_not_take_its_neighbours_along(
+    schema: type[Tick] | None,
+) -> None:
+    datas: list[object] = [{"symbol": "BTC", "price": 1.0}] * 6
+    datas[1], datas[2], datas[3] = 7, deep(40), {"symbol": "BTC", "price": "high"}
+    events = [
+        Event(TICK, as_sent(data), "feed", WHEN, "c", f"e-{n}") for n, data in enumerate(datas)
+    ]
+
+    decoded = codec.decode_frame(TICK, batch(*events), schema)
+
+    assert [event.id for event in decoded.events] == ["e-0", "e-3", "e-4", "e-5"]
+    assert decoded.rejected is not None
+    assert [reason for reason, _, _ in decoded.rejected] == ["invalid", "too_deep"]
+    assert b"e-1" in decoded.rejected[0][2], "what is kept of it shows which one it was"
+
+
+def test_a_table_with_a_key_that_is_no_text_loses_only_that_event() -> None:
+    events = six_events()
+    events[2] = msgspec.structs.replace(events[2], key=5)
+
+    decoded = codec.decode_frame(TOPIC, batch(*events))
+
+    assert [event.id for event in decoded.events] == ["e-0", "e-1", "e-3", "e-4", "e-5"]
+    assert decoded.rejected is not None
+    assert "partitionkey" in decoded.rejected[0][1]
+
+
+@pytest.mark.parametrize("count", [5, 7])
+def test_a_table_of_another_length_than_it_says_is_refused(count: int) -> None:
+    frame = batch(*six_events())
+
+    with pytest.raises(FrameError, match=f"header says {count}"):
+        codec.decode_frame(TOPIC, header(2, count) + frame[len(header(2, 6)) :])
+
+
+def test_a_table_under_another_topic_is_refused_event_by_event() -> None:
+    decoded = codec.decode_frame("other.topic", batch(*six_events()))
+
+    assert decoded.events == []
+    assert decoded.rejected is not None
+    assert {reason for reason, _, _ in decoded.rejected} == {"wrong_topic"}
 
 
 def test_too_many_items_are_refused() -> None:
@@ -125,7 +241,7 @@ def test_a_moment_without_a_zone_is_refused(attribute: bytes) -> None:
 )
 def test_numbers_that_nobody_gives_are_refused(epoch: int, first: int) -> None:
     numbers = epoch.to_bytes(8, "big") + first.to_bytes(8, "big") + b"\x00\x01"
-    frame = codec.batch_prefix("feed") + numbers + b"\xdd\x00\x00\x00\x01" + GOLDEN_EVENT
+    frame = header(1, 1)[:7] + numbers + b"\xdd\x00\x00\x00\x01" + GOLDEN_EVENT
     in_json = GOLDEN_JSON.replace(b'"sequence":8,"epoch":7', b'"sequence":%d,"epoch":%d')
 
     for each in (frame, in_json % (first, epoch)):
@@ -144,9 +260,11 @@ def test_random_bytes_never_raise_anything_else(frame: bytes) -> None:
 
 
 @settings(max_examples=500)
-@given(st.integers(0, 10_000), st.integers(0, 255), st.booleans())
-def test_mutated_frames_never_raise_anything_else(at: int, byte: int, cut: bool) -> None:
-    frame = bytearray(batch(EVENT, EVENT, EVENT))
+@given(st.integers(0, 10_000), st.integers(0, 255), st.booleans(), st.sampled_from([3, 6]))
+def test_mutated_frames_never_raise_anything_else(
+    at: int, byte: int, cut: bool, count: int
+) -> None:
+    frame = bytearray(batch(*[EVENT] * count))
     frame[at % len(frame)] = byte
     try:
         codec.decode_frame(TOPIC, bytes(frame[: at % len(frame)] if cut else frame))

@@ -70,7 +70,7 @@ async def say(publisher: EventPublisher, *numbers: int) -> None:
 def claim(publisher: str, epoch: int, first: int) -> bytes:
     """Make a frame of one event with the numbers of one's choice."""
     event = Event("t.x", {"n": 1}, publisher)
-    return codec.encode_batch(codec.batch_prefix(publisher), epoch, first, [event])
+    return codec.Batcher(publisher).encode(event.type, epoch, first, [event])
 
 
 async def test_claimed_losses_add_up_to_what_a_counter_holds() -> None:
