@@ -104,6 +104,8 @@ class Batch(State):
     count: int = 0
     #: What could not be decoded: (reason, detail, bytes).
     rejected: list[tuple[str, str, bytes]] | None = None
+    #: The class that all payloads were decoded into; None: dicts.
+    schema: type[Any] | None = None
 
 
 class Batcher:
@@ -267,6 +269,7 @@ def _decode_table(batch: Batch, body: memoryview, size: int, schema: type[Any] |
     if schema is not None and _bounds_itself(cast("Hashable", schema)):
         with contextlib.suppress(msgspec.MsgspecError, ValueError):
             batch.events = columns.unpack(body, count, topic, member, schema)
+            batch.schema = schema
             return batch
     try:
         events = columns.unpack(body, count, topic, member, dict[str, Any])
@@ -308,6 +311,7 @@ def _decode_rows(batch: Batch, events: memoryview, size: int, schema: type[Any] 
         typed is None and _all_sound(decoded, member, size)
     ):
         batch.events = decoded
+        batch.schema = None if typed is None else schema
         if type(member) not in (EventType, str):
             for event in decoded:
                 _force(event, "type", member)

@@ -38,8 +38,8 @@ class Table(
     """The attributes of many events; None where they have none."""
 
     type: str
-    #: A subclass says of what; at the sender the payloads are encoded already.
-    data: list[Any]
+    #: A subclass says of what. At the sender the payloads, or their list, are encoded already.
+    data: Any
     source_agent: str | list[str]
     timestamp: Moment | list[Moment]
     id: list[str]
@@ -100,14 +100,6 @@ def _alike(column: list[Any]) -> Any:
     """Give one value where all are the same."""
     first = column[0]
     return first if column.count(first) == len(column) else column
-
-
-def cut(table: Table, begun: int, until: int) -> Table:
-    """Give the events of these positions, of a table whose columns are ids and payloads only."""
-    part: Table = msgspec.structs.replace(
-        table, id=table.id[begun:until], data=table.data[begun:until]
-    )
-    return part
 
 
 @functools.cache

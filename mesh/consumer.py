@@ -358,7 +358,9 @@ class EventConsumer:
             self.registry.say_unheard(topic)
             cells[at + IN_SETTLED] += len(batch.events)
         elif batch.events:
-            self._put(Arrival(batch.events, handlers, route.lane, at))
+            arrival = Arrival(batch.events, handlers, route.lane, at)
+            arrival.schema = batch.schema
+            self._put(arrival)
 
     def _say_disagreement(self, publisher: str, topic: str) -> None:
         self.ledger.count("live_where_durable")

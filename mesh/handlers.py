@@ -58,8 +58,11 @@ class Handler(State, eq=False):
     retry: RetryPolicy | None = None
     #: Runs the handler with its payload decoded and all its middleware around.
     run: Run = None  # type: ignore[assignment]  # made in `__post_init__`
+    #: Whether that is the function itself, called the way it wants.
+    is_bare: bool = True
     #: The class it wants payloads decoded into, when it wants one.
     schema: type[Any] | None = None
+    wants_event: bool = True
     calls: int = 0
     errors: int = 0
     last_error: str | None = None
@@ -67,8 +70,31 @@ class Handler(State, eq=False):
     def __post_init__(self) -> None:
         """Work out how the function wants to be called."""
         shape = signature_of(self.func)
-        self.schema = shape.schema
+        self.schema, self.wants_event = shape.schema, shape.wants_event
         self.run = bind(self.func, shape)
+
+    def wrap(self, middleware: Sequence[Middleware]) -> None:
+        """Put middleware around it, the first outermost."""
+        self.run = compose(middleware, self.run)
+        self.is_bare = not middleware
+
+    def starter(
+        self, events: Sequence[Event], schema: type[Any] | None
+    ) -> Callable[[], Awaitable[Any]]:
+        """
+        Give what starts the handler on one event after the other, call by call.
+
+        Args:
+            events: What it shall run on.
+            schema: The class that all their payloads are instances of; None: not known.
+        """
+        if schema is None or schema is not self.schema or not self.is_bare:
+            return map(self.run, events).__next__
+        # What `bind` does, without a Python function in between
+        payloads = map(payload_of, events)
+        if self.wants_event:
+            return map(self.func, payloads, events).__next__
+        return map(self.func, payloads).__next__
 
     def failed(self, error: BaseException) -> None:
         """Count a failure."""
@@ -262,7 +288,7 @@ class EventHandlerRegistry:
             max_retries,
             retry,
         )
-        handler.run = compose((*self._middleware, *middleware), handler.run)
+        handler.wrap((*self._middleware, *middleware))
         self._handlers.setdefault(topic, {})[agent_name, handler_id] = handler
         self._sort(topic)
         return handler

@@ -39,6 +39,8 @@ class Arrival(State, eq=False):
     deliveries: list[Delivery] | None = None
     #: Set when a dead letter is replayed.
     earlier: Earlier | None = None
+    #: The class that all payloads are instances of; None: not known.
+    schema: type[Any] | None = None
 
     def left(self) -> int:
         """Count the events that have not been handled."""
@@ -270,7 +272,9 @@ class LatestInbox:
                 dropped.append((older.link, 1))
                 self.size -= 1
             # Assigning to a known key keeps its place in the row: nobody starves
-            lane[name] = Arrival([event], arrival.handlers, arrival.lane, arrival.link)
+            alone = Arrival([event], arrival.handlers, arrival.lane, arrival.link)
+            alone.schema = arrival.schema
+            lane[name] = alone
             self.size += 1
         while self.size - self._durable_size > self._limit:
             dropped.append(self._drop_one())

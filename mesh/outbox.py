@@ -15,14 +15,13 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from mesh import codec
-from mesh.columns import cut
 from mesh.context import current_context
 from mesh.errors import BackpressureError, BrokerUnavailableError, ClosedError, ConfigurationError
 from mesh.events import declaration_of, is_durable
 from mesh.journal import Record, cannot_keep
 from mesh.ledger import OUT_BEGAN, OUT_EPOCH, OUT_SEQUENCE
 from mesh.logs import Sparing
-from mesh.payloads import payload_encoder, payloads_encoder
+from mesh.payloads import payload_encoder, payloads_encoder, payloads_packer
 from mesh.topics import PRIVATE_PREFIX, check_topic
 from mesh.values import State, field
 
@@ -51,6 +50,7 @@ class Outgoing(State, eq=False):
     #: Checks a payload and gives what travels.
     encode: Callable[[Any], Any]
     encode_all: Callable[[Sequence[Any]], list[Any]]
+    pack_all: Callable[[Sequence[Any]], Any]
     #: When the numbering began (ns since 1970); 0: private topics are not numbered.
     epoch: int
     #: Where the ledger keeps the number of the last event.
@@ -121,11 +121,12 @@ class Outbox:
         self._require_open()
         self._broker.require_connected()
         encode, encode_all = payload_encoder(topic), payloads_encoder(topic)
+        pack_all = payloads_packer(topic)
         member = declaration_of(topic).member
         if topic.startswith(PRIVATE_PREFIX) or is_durable(topic):
             durable = not topic.startswith(PRIVATE_PREFIX)
             return Outgoing(
-                topic, member, encode, encode_all, 0, 0, 0, batched=False, durable=durable
+                topic, member, encode, encode_all, pack_all, 0, 0, 0, batched=False, durable=durable
             )
         at, cells = self._ledger.out(topic), self._cells
         if not cells[at + OUT_EPOCH]:
@@ -137,6 +138,7 @@ class Outbox:
             member,
             encode,
             encode_all,
+            pack_all,
             cells[at + OUT_EPOCH],
             sequence_at,
             cells[sequence_at],
@@ -185,37 +187,61 @@ class Outbox:
             self._drop(out, error)
             raise
 
-    async def add_table(self, out: Outgoing, table: Table) -> None:
+    def pack(self, out: Outgoing, payloads: list[Any]) -> list[tuple[int, Any]]:
         """
-        Send many events of one topic, in batches of their own.
+        Check many payloads and encode them, as many together as a batch may hold.
 
         Args:
             out: What their topic's `open` gave.
-            table: Its payloads come from `out.encode_all`; one name, moment and cause for all.
+            payloads: Of that topic.
+
+        Returns:
+            How many, and their encoded list, for the ``data`` of a table.
+
+        Raises:
+            PayloadError: One payload does not fit, or cannot travel.
+            EventTooLargeError: One is over the size limit.
+        """
+        parts: list[tuple[int, Any]] = []
+        for begun in range(0, len(payloads), codec.MAX_BATCH_EVENTS):
+            some = payloads[begun : begun + codec.MAX_BATCH_EVENTS]
+            packed = out.pack_all(some)
+            if packed is not None and len(packed) <= codec.MAX_BATCH_BYTES:
+                parts.append((len(some), packed))
+                continue
+            held: list[Any] = []
+            size = 0
+            for each in out.encode_all(some):
+                if held and size + len(each) > codec.MAX_BATCH_BYTES:
+                    parts.append((len(held), held))
+                    held, size = [], 0
+                held.append(each)
+                size += len(each)
+            parts.append((len(held), held))
+        return parts
+
+    async def add_table(self, out: Outgoing, table: Table) -> None:
+        """
+        Send many events of one topic, in a batch of their own.
+
+        Args:
+            out: What their topic's `open` gave.
+            table: Its payloads come from `pack`.
 
         Raises:
             ClosedError: The publisher or the broker is closed.
             BackpressureError: The fabric stayed full.
         """
         self._require_open()
-        sizes = list(map(len, table.data))
-        begun, end = 0, len(sizes)
-        while begun < end:
-            until = min(end, begun + codec.MAX_BATCH_EVENTS)
-            size = sum(sizes[begun:until])
-            while size > codec.MAX_BATCH_BYTES and until > begun + 1:
-                until -= 1
-                size -= sizes[until]
-            part = table if until - begun == end else cut(table, begun, until)
-            if out.events:
-                self._close_batch(out)
-            elif not out.closed:
-                self._dirty.append(out)
-            frame = self._batcher.encode_table(part, out.epoch, out.sequence + 1)
-            self._cells[out.sequence_at] = out.sequence = out.sequence + until - begun
-            out.closed.append((until - begun, frame))
-            begun = until
-            await self.send_full(out)
+        if out.events:
+            self._close_batch(out)
+        elif not out.closed:
+            self._dirty.append(out)
+        count = len(table.id)
+        frame = self._batcher.encode_table(table, out.epoch, out.sequence + 1)
+        self._cells[out.sequence_at] = out.sequence = out.sequence + count
+        out.closed.append((count, frame))
+        await self.send_full(out)
 
     async def send_alone(self, out: Outgoing, event: Event) -> None:
         """Send an event as a message of its own: private topics, and the JSON form."""

@@ -26,6 +26,7 @@ from mesh.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from datetime import datetime
 
     from mesh.broker import MessageBroker
     from mesh.clock import Clock
@@ -250,52 +251,65 @@ class EventPublisher:
             PayloadError: One payload does not fit; then none of them is published.
             BackpressureError: The fabric stayed full.
         """
-        parent = current_event.get()
-        correlation_id, causation_id, traceparent, hops = None, None, None, 0
-        if parent is not None:
-            correlation_id, causation_id = parent.correlation_id, parent.id
-            traceparent, hops = parent.traceparent, parent.hops + 1
-        now, name = self._now(), self.agent_name
-        groups = self._grouped(events)
-        ready = [(out, out.encode_all(data)) for out, data in groups]
-        for out, payloads in ready:
-            count = len(payloads)
-            if self._chain is None and out.batched:
-                table = Table(
-                    out.topic,
-                    payloads,
-                    name,
-                    now,
-                    self._ids.many(count),
-                    correlation_id,
-                    causation_id,
-                    traceparent=traceparent,
-                    hops=hops,
-                )
-                await self._outbox.add_table(out, table)
+        now, groups = self._now(), self._grouped(events)
+        # All of it is checked before any of it leaves
+        ready = [
+            (out, self._tables(out, data, now))
+            if out.batched and self._chain is None
+            else (out, self._events(out, data, now))
+            for out, data in groups
+        ]
+        for out, made in ready:
+            if out.durable and self._chain is None:
+                await self._outbox.keep(out, made)
                 continue
-            ids = [self._identity(out) for _ in payloads] if out.durable else self._ids.many(count)
-            batch = [
-                Event(
-                    out.member,
-                    payload,
-                    name,
-                    now,
-                    correlation_id or identity,
-                    identity,
-                    causation_id,
-                    traceparent=traceparent,
-                    hops=hops,
-                )
-                for identity, payload in zip(ids, payloads, strict=True)
-            ]
-            if self._chain is None and out.durable:
-                await self._outbox.keep(out, batch)
-                continue
-            for event in batch:
-                await (self._chain or self._enter)(event)
+            for each in made:
+                if isinstance(each, Table):
+                    await self._outbox.add_table(out, each)
+                else:
+                    await (self._chain or self._enter)(each)
         await self._outbox.flush()
-        return sum(len(payloads) for _, payloads in ready)
+        return sum(len(data) for _, data in groups)
+
+    def _tables(self, out: Outgoing, data: list[Any], now: datetime) -> list[Any]:
+        """Make the events of one live type, as tables of them."""
+        name, many, parent = self.agent_name, self._ids.many, current_event.get()
+        parts = self._outbox.pack(out, data)
+        if parent is None:
+            return [Table(out.topic, packed, name, now, many(count)) for count, packed in parts]
+        return [
+            Table(
+                out.topic,
+                packed,
+                name,
+                now,
+                many(count),
+                parent.correlation_id,
+                parent.id,
+                traceparent=parent.traceparent,
+                hops=parent.hops + 1,
+            )
+            for count, packed in parts
+        ]
+
+    def _events(self, out: Outgoing, data: list[Any], now: datetime) -> list[Any]:
+        """Make the events of one type."""
+        name, parent = self.agent_name, current_event.get()
+        ids = [self._identity(out) for _ in data]
+        return [
+            Event(
+                out.member,
+                payload,
+                name,
+                now,
+                parent.correlation_id if parent else identity,
+                identity,
+                parent.id if parent else None,
+                traceparent=parent.traceparent if parent else None,
+                hops=parent.hops + 1 if parent else 0,
+            )
+            for identity, payload in zip(ids, out.encode_all(data), strict=True)
+        ]
 
     def _grouped(self, events: Iterable[tuple[str, Any]]) -> list[tuple[Outgoing, list[Any]]]:
         """Bring together what goes out on one topic; durable events keep their order across."""

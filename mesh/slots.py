@@ -220,39 +220,61 @@ class Slots:
 
     async def _run(self, slot: _Slot, arrival: Arrival) -> None:
         """Handle the live events of an arrival, until something more urgent comes."""
+        handlers, begun = arrival.handlers, arrival.position
+        events = arrival.events[begun:] if begun else arrival.events
+        max_hops = self._config.max_hops
+        odd = [e for e in events if e.expires_at is not None or e.hops > max_hops]
+        if odd or len(handlers) > 1:
+            done = await self._run_checked(slot, arrival, events)
+        else:
+            done = await self._run_plainly(slot, arrival, handlers[0], events)
+        if done < len(events):
+            arrival.position = begun + done
+            slot.inbox.put_back(arrival)
+        slot.event = None
+        current_event.set(None)
+        self._note_latency(events[done - 1])
+
+    async def _run_plainly(
+        self, slot: _Slot, arrival: Arrival, handler: Handler, events: list[Event]
+    ) -> int:
+        """Handle events which nothing speaks against by one handler; gives how many."""
         cells, settled_at = self._cells, arrival.link + IN_SETTLED
-        handlers, events, inbox, lane = arrival.handlers, arrival.events, slot.inbox, arrival.lane
-        only = handlers[0] if len(handlers) == 1 else None
-        run = handlers[0].run
-        slot.handler = only
-        set_current, max_hops = current_event.set, self._config.max_hops
-        begun = position = arrival.position
-        failed = 0
-        for event in events[position:] if position else events:
+        inbox, lane, set_current = slot.inbox, arrival.lane, current_event.set
+        begin_next = handler.starter(events, arrival.schema)
+        slot.handler = handler
+        done = failed = 0
+        for event in events:
             slot.event = event
-            position += 1
+            done += 1
             set_current(event)
-            if (event.expires_at is not None or event.hops > max_hops) and self._is_parked(event):
+            try:
+                await begin_next()
+            except BaseException as error:  # noqa: BLE001 - sorted out in `_failed`
                 failed += 1
-            elif only is not None:
-                try:
-                    await run(event)
-                except BaseException as error:  # noqa: BLE001 - sorted out in `_failed`
-                    failed += 1
-                    await self._failed(slot, only, event, error)
-            else:
-                await self._run_each(slot, handlers, event)
+                await self._failed(slot, handler, event, error)
             cells[settled_at] += 1
             if inbox.urgent < lane:
                 break
-        if position < len(events):
-            arrival.position = position
-            inbox.put_back(arrival)
-        slot.event = None
-        set_current(None)
-        if only is not None:
-            only.calls += position - begun - failed
-        self._note_latency(event)
+        handler.calls += done - failed
+        return done
+
+    async def _run_checked(self, slot: _Slot, arrival: Arrival, events: list[Event]) -> int:
+        """Handle events of which some may be parked, or by several handlers; gives how many."""
+        cells, settled_at = self._cells, arrival.link + IN_SETTLED
+        inbox, lane = slot.inbox, arrival.lane
+        slot.handler = None
+        done = 0
+        for event in events:
+            slot.event = event
+            done += 1
+            current_event.set(event)
+            if not self._is_parked(event):
+                await self._run_each(slot, arrival.handlers, event)
+            cells[settled_at] += 1
+            if inbox.urgent < lane:
+                break
+        return done
 
     async def _run_each(self, slot: _Slot, handlers: tuple[Handler, ...], event: Event) -> None:
         for position, handler in enumerate(handlers):
