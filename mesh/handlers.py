@@ -241,6 +241,8 @@ class EventHandlerRegistry:
         self._middleware = tuple(middleware)
         self._handlers: dict[str, dict[tuple[str, str], Handler]] = {}
         self._by_topic: dict[str, tuple[Handler, ...]] = {}
+        #: What `dispatch` runs, for each handler; all but the last get a payload of their own.
+        self._runs: dict[str, tuple[tuple[Run, Handler], ...]] = {}
         self._of_agent: dict[tuple[str, str], tuple[Handler, ...]] = {}
         self._agents_of: dict[str, set[str]] = {}
         self._unheard: dict[str, int] = {}
@@ -326,16 +328,15 @@ class EventHandlerRegistry:
         Returns:
             How many ran to the end.
         """
-        handlers = self._by_topic.get(event.type)
-        if handlers is None:
+        runs = self._runs.get(event.type)
+        if runs is None:
             self.say_unheard(event.type)
             return 0
         self._dispatched += 1
         executed = 0
-        first = handlers[0]
-        for handler in handlers:
+        for run, handler in runs:
             try:
-                await handler.run(event if handler is first else own_copy(event))
+                await run(event)
             except Exception as error:  # noqa: BLE001 - the neighbours go on
                 handler.failed(error)
                 _log.exception(
@@ -396,9 +397,13 @@ class EventHandlerRegistry:
         if not of_topic:
             del self._handlers[topic]
             self._by_topic.pop(topic, None)
+            self._runs.pop(topic, None)
             return
         # Events carry the member: found by identity, without comparing texts
-        self._by_topic[declaration_of(topic).member] = tuple(of_topic)
+        member = declaration_of(topic).member
+        self._by_topic[member] = tuple(of_topic)
+        runs = [_on_a_copy(handler.run) for handler in of_topic[:-1]]
+        self._runs[member] = tuple(zip((*runs, of_topic[-1].run), of_topic, strict=True))
         agents = self._agents_of[topic] = {handler.agent_name for handler in of_topic}
         for agent in agents:
             self._of_agent[topic, agent] = tuple(
@@ -417,6 +422,10 @@ def own_copy(event: Event) -> Event:
         event, data=msgspec.to_builtins(event.data, builtin_types=(bytes, datetime))
     )
     return copied
+
+
+def _on_a_copy(run: Run) -> Run:
+    return lambda event: run(own_copy(event))
 
 
 def compose(middleware: Iterable[Middleware], run: Run) -> Run:

@@ -277,9 +277,9 @@ class Slots:
         return done
 
     async def _run_each(self, slot: _Slot, handlers: tuple[Handler, ...], event: Event) -> None:
-        for position, handler in enumerate(handlers):
+        for handler in handlers:
             slot.handler = handler
-            mine = own_copy(event) if position else event
+            mine = event if handler is handlers[-1] else own_copy(event)
             current_event.set(mine)
             try:
                 await handler.run(mine)
@@ -322,11 +322,11 @@ class Slots:
             return
         delivery = context.delivery
         assert delivery is not None
-        for position, handler in enumerate(arrival.handlers):
+        for handler in arrival.handlers:
             if handler.id in delivery.done or only not in (None, handler.id):
                 continue
             slot.handler = handler
-            mine = own_copy(event) if position else event
+            mine = event if handler is arrival.handlers[-1] else own_copy(event)
             current_event.set(mine)
             context.begin(handler.id)
             try:

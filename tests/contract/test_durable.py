@@ -13,6 +13,7 @@ import pytest
 from mesh import (
     Agent,
     Event,
+    HandlerPriority,
     Reject,
     Retry,
     RetryPolicy,
@@ -95,6 +96,28 @@ async def test_what_was_said_while_an_agent_was_down_is_heard(broker: MessageBro
             await till.publish(ORDER, {"n": number})
     async with running(broker, Seen) as agent:
         await eventually(lambda: agent.seen == [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("event_type", [ORDER, LOOK])
+async def test_no_handler_sees_what_its_neighbour_did_to_the_payload(
+    broker: MessageBroker, event_type: str
+) -> None:
+    class Rude(Agent):
+        async def setup(self) -> None:
+            self.seen: list[dict[str, Any]] = []
+
+        @on(event_type, priority=HandlerPriority.HIGH)
+        async def change(self, event: Event) -> None:
+            event.data["lines"].append("changed")
+            event.data["n"] = 99
+
+        @on(event_type)
+        async def look(self, event: Event) -> None:
+            self.seen.append(event.data)
+
+    async with running(broker, Rude) as agent, speaking(broker) as till:
+        await till.publish(event_type, {"n": 1, "lines": []})
+        await eventually(lambda: agent.seen == [{"n": 1, "lines": []}])
 
 
 async def test_a_new_agent_begins_now_unless_it_says_earliest(broker: MessageBroker) -> None:
