@@ -359,7 +359,7 @@ class EventConsumer:
             cells[at + IN_SETTLED] += len(batch.events)
         elif batch.events:
             arrival = Arrival(batch.events, handlers, route.lane, at)
-            arrival.schema = batch.schema
+            arrival.schema, arrival.frame = batch.schema, frame
             self._put(arrival)
 
     def _say_disagreement(self, publisher: str, topic: str) -> None:

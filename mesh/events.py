@@ -185,10 +185,9 @@ class Event(
         reply_to: The topic on which an answer is awaited.
         hops: How many handlers lie between this event and the edge of the mesh.
 
-    `data` always reads as a dict. Who changes something in it changes nobody else's, for each
-    handler has its own; but a further try of the same handler sees what the one before did to it.
-    Inside, the payload may still be encoded (an event on its way out) or be an instance of the
-    schema its handlers ask for (one that came in).
+    `data` always reads as a dict. Who changes something in it changes nobody else's: each handler
+    has its own, and so has each of its tries. Inside, the payload may still be encoded (an event on
+    its way out) or be an instance of the schema its handlers ask for (one that came in).
     """
 
     if TYPE_CHECKING:

@@ -41,6 +41,8 @@ class Arrival(State, eq=False):
     earlier: Earlier | None = None
     #: The class that all payloads are instances of; None: not known.
     schema: type[Any] | None = None
+    #: What live events came in, where it is kept.
+    frame: bytes = b""
 
     def left(self) -> int:
         """Count the events that have not been handled."""
@@ -272,9 +274,10 @@ class LatestInbox:
                 dropped.append((older.link, 1))
                 self.size -= 1
             # Assigning to a known key keeps its place in the row: nobody starves
-            alone = Arrival([event], arrival.handlers, arrival.lane, arrival.link)
-            alone.schema = arrival.schema
-            lane[name] = alone
+            # Without the frame: each key would hold one, with all the other events in it
+            lane[name] = Arrival(
+                [event], arrival.handlers, arrival.lane, arrival.link, schema=arrival.schema
+            )
             self.size += 1
         while self.size - self._durable_size > self._limit:
             dropped.append(self._drop_one())

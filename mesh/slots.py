@@ -1,6 +1,5 @@
 """
-Where handlers run: one event, one handler at a time in each slot, with tries, time limits and what
-becomes of an event that cannot be handled.
+Where handlers run: one event, one handler at a time in each slot, with time limits.
 
 A slot is a task that runs handlers one after the other; there is no task per event.
 """
@@ -17,12 +16,10 @@ import msgspec
 from mesh.causality import current_event
 from mesh.context import HandlerContext, current_context
 from mesh.deadletters import go_on
-from mesh.errors import BrokerUnavailableError, PayloadError
 from mesh.handlers import Handler, own_copy
-from mesh.inbox import Arrival, Inbox, make_inbox
+from mesh.inbox import Arrival, make_inbox
 from mesh.ledger import IN_SETTLED, Ledger
-from mesh.outcomes import Outcome, Reject, Retry, Skip
-from mesh.retry import RetryPolicy
+from mesh.tries import Slot, Tries
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,35 +35,6 @@ _log = logging.getLogger(__name__)
 _EVENTS_A_TURN = 256
 #: A cancelled handler that is still there after this long holds the agent up for good.
 CANCEL_GRACE_S = 5.0
-_FAILED = Ledger.at("failed")
-
-
-class _Slot:
-    """One handler at a time; what the watch sees of it."""
-
-    __slots__ = (
-        "age_s",
-        "event",
-        "handler",
-        "inbox",
-        "pausing",
-        "retries",
-        "seen",
-        "task",
-        "timed_out",
-    )
-
-    def __init__(self, inbox: Inbox) -> None:
-        self.inbox = inbox
-        self.task: asyncio.Task[None] | None = None
-        self.event: Event | None = None
-        self.handler: Handler | None = None
-        #: What the watch saw last: the same event and try again is one that is still running.
-        self.seen: tuple[Event | None, int] = (None, 0)
-        self.retries = 0
-        self.age_s = 0.0
-        self.timed_out = False
-        self.pausing = False
 
 
 class Slots:
@@ -101,12 +69,9 @@ class Slots:
         self._state = state
         self._settle = settle
         self._on_room = on_room
-        self._retry = RetryPolicy(
-            max_retries=config.max_retries, first_delay_s=config.retry_delay_ms / 1000
-        )
+        self._tries = Tries(config, ledger, dead_letters)
         self._slots = [
-            _Slot(make_inbox(config.buffer_size, config.overflow))
-            for _ in range(config.concurrency)
+            Slot(make_inbox(config.buffer_size, config.overflow)) for _ in range(config.concurrency)
         ]
         self._watch_task: asyncio.Task[None] | None = None
         self._blocked = False
@@ -157,7 +122,7 @@ class Slots:
     def is_stuck(self) -> bool:
         """Say whether only a restart helps: a cancelled handler is still there, or a slot died."""
         return any(
-            (slot.timed_out and slot.age_s > self._limit_s(slot) + CANCEL_GRACE_S)
+            (slot.timed_out and slot.age_s > self._tries.limit_s(slot) + CANCEL_GRACE_S)
             or _has_failed(slot.task)
             for slot in self._slots
         )
@@ -196,7 +161,7 @@ class Slots:
 
     # -- handling ------------------------------------------------------------------------------
 
-    async def _work(self, slot: _Slot) -> None:
+    async def _work(self, slot: Slot) -> None:
         inbox = slot.inbox
         since_turn = 0
         while True:
@@ -218,7 +183,7 @@ class Slots:
                 since_turn = 0
                 await asyncio.sleep(0)
 
-    async def _run(self, slot: _Slot, arrival: Arrival) -> None:
+    async def _run(self, slot: Slot, arrival: Arrival) -> None:
         """Handle the live events of an arrival, until something more urgent comes."""
         handlers, begun = arrival.handlers, arrival.position
         events = arrival.events[begun:] if begun else arrival.events
@@ -236,7 +201,7 @@ class Slots:
         self._note_latency(events[done - 1])
 
     async def _run_plainly(
-        self, slot: _Slot, arrival: Arrival, handler: Handler, events: list[Event]
+        self, slot: Slot, arrival: Arrival, handler: Handler, events: list[Event]
     ) -> int:
         """Handle events which nothing speaks against by one handler; gives how many."""
         cells, settled_at = self._cells, arrival.link + IN_SETTLED
@@ -250,16 +215,16 @@ class Slots:
             set_current(event)
             try:
                 await begin_next()
-            except BaseException as error:  # noqa: BLE001 - sorted out in `_failed`
+            except BaseException as error:  # noqa: BLE001 - sorted out in `Tries`
                 failed += 1
-                await self._failed(slot, handler, event, error)
+                await self._tries.after(error, slot, handler, event, arrival)
             cells[settled_at] += 1
             if inbox.urgent < lane:
                 break
         handler.calls += done - failed
         return done
 
-    async def _run_checked(self, slot: _Slot, arrival: Arrival, events: list[Event]) -> int:
+    async def _run_checked(self, slot: Slot, arrival: Arrival, events: list[Event]) -> int:
         """Handle events of which some may be parked, or by several handlers; gives how many."""
         cells, settled_at = self._cells, arrival.link + IN_SETTLED
         inbox, lane = slot.inbox, arrival.lane
@@ -270,24 +235,24 @@ class Slots:
             done += 1
             current_event.set(event)
             if not self._is_parked(event):
-                await self._run_each(slot, arrival.handlers, event)
+                await self._run_each(slot, arrival, event)
             cells[settled_at] += 1
             if inbox.urgent < lane:
                 break
         return done
 
-    async def _run_each(self, slot: _Slot, handlers: tuple[Handler, ...], event: Event) -> None:
-        for handler in handlers:
+    async def _run_each(self, slot: Slot, arrival: Arrival, event: Event) -> None:
+        for handler in arrival.handlers:
             slot.handler = handler
-            mine = event if handler is handlers[-1] else own_copy(event)
+            mine = event if handler is arrival.handlers[-1] else own_copy(event)
             current_event.set(mine)
             try:
                 await handler.run(mine)
                 handler.calls += 1
-            except BaseException as error:  # noqa: BLE001 - sorted out in `_failed`
-                await self._failed(slot, handler, mine, error)
+            except BaseException as error:  # noqa: BLE001 - sorted out in `Tries`
+                await self._tries.after(error, slot, handler, mine, arrival)
 
-    async def _run_durable(self, slot: _Slot, arrival: Arrival, deliveries: list[Delivery]) -> None:
+    async def _run_durable(self, slot: Slot, arrival: Arrival, deliveries: list[Delivery]) -> None:
         """Handle the durable events of an arrival; each becomes a step."""
         inbox, events = slot.inbox, arrival.events
         try:
@@ -312,7 +277,7 @@ class Slots:
             inbox.put_back(arrival)
 
     async def _run_in_step(
-        self, slot: _Slot, arrival: Arrival, event: Event, context: HandlerContext
+        self, slot: Slot, arrival: Arrival, event: Event, context: HandlerContext
     ) -> None:
         only = None if arrival.earlier is None else arrival.earlier.handler
         if (why := self._why_parked(event, context, only, arrival.handlers)) is not None:
@@ -332,95 +297,8 @@ class Slots:
             try:
                 await handler.run(mine)
                 handler.calls += 1
-            except BaseException as error:  # noqa: BLE001 - sorted out in `_failed`
-                await self._failed(slot, handler, mine, error, context)
-
-    async def _failed(
-        self,
-        slot: _Slot,
-        handler: Handler,
-        event: Event,
-        error: BaseException,
-        context: HandlerContext | None = None,
-    ) -> None:
-        """Try a handler again, or put the event aside; cancellation from outside passes through."""
-        policy = handler.retry or self._retry
-        retries = policy.max_retries if handler.max_retries is None else handler.max_retries
-        attempt = 1
-        while True:
-            failure = self._as_failure(slot, handler, error)
-            if context is not None:
-                context.take_back()
-            if isinstance(failure, Skip):
-                self._ledger.count("skipped")
-                handler.calls += 1
-                return
-            if attempt > retries or not _is_worth_a_try(failure, policy):
-                break
-            handler.failed(failure)
-            # The pause is not the handler's time
-            slot.pausing = True
-            pause_s = failure.after_s if isinstance(failure, Retry) else policy.delay_s(attempt)
-            await self._config.clock.sleep(pause_s)
-            slot.pausing = False
-            slot.retries += 1
-            attempt += 1
-            if context is not None:
-                context.attempt = attempt
-            try:
-                await handler.run(event)
-            except BaseException as again:  # noqa: BLE001 - sorted out above
-                error = again
-            else:
-                handler.calls += 1
-                return
-        self._give_up(handler, event, failure, attempt, context)
-
-    def _give_up(
-        self,
-        handler: Handler,
-        event: Event,
-        failure: BaseException,
-        attempts: int,
-        context: HandlerContext | None,
-    ) -> None:
-        handler.failed(failure)
-        self._cells[_FAILED] += 1
-        reason = _reason(failure)
-        self._ledger.count(f"handler_{reason}")
-        letter = self._dead_letters.letter(
-            event, reason, failure, handler=handler.id, attempts=attempts
-        )
-        if context is None:
-            self._dead_letters.put(letter)
-        else:
-            context.dead.append(letter)
-        _log.error(
-            "handler %s of %s failed on %s %s after %d tries and the event was put aside: %s",
-            handler.id,
-            self._agent_name,
-            event.type,
-            event.id,
-            attempts,
-            failure or type(failure).__name__,
-            # An outage is no surprise, and no place in the handler
-            exc_info=None if isinstance(failure, (Outcome, BrokerUnavailableError)) else failure,
-        )
-
-    def _as_failure(self, slot: _Slot, handler: Handler, error: BaseException) -> BaseException:
-        """Tell a handler's failure from the cancellation of the consumer."""
-        if not isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-            return error
-        task = slot.task
-        if slot.timed_out and task is not None:
-            slot.timed_out = False
-            task.uncancel()
-            return TimeoutError(
-                f"{handler.id} ran longer than {self._limit_s(slot):g} s and was cancelled"
-            )
-        if isinstance(error, GeneratorExit) or task is None or task.cancelling():
-            raise error
-        return error
+            except BaseException as error:  # noqa: BLE001 - sorted out in `Tries`
+                await self._tries.after(error, slot, handler, mine, arrival, context)
 
     def _why_parked(
         self,
@@ -473,12 +351,6 @@ class Slots:
 
     # -- time limits ---------------------------------------------------------------------------
 
-    def _limit_s(self, slot: _Slot) -> float:
-        handler = slot.handler
-        if handler is not None and handler.timeout_s is not None:
-            return handler.timeout_s
-        return self._config.handler_timeout_s
-
     async def _watch(self) -> None:
         """
         Cancel handlers over their limit.
@@ -507,14 +379,14 @@ class Slots:
             ]
         return min(1.0, max(0.02, min(limits) / 5))
 
-    def _look_at(self, slot: _Slot, elapsed_s: float) -> None:
+    def _look_at(self, slot: Slot, elapsed_s: float) -> None:
         event, retries = slot.seen
         if slot.event is None or slot.pausing or slot.event is not event or slot.retries != retries:
             slot.seen = (slot.event, slot.retries)
             slot.age_s = 0.0
             return
         slot.age_s += elapsed_s
-        if slot.age_s > self._limit_s(slot) and not slot.timed_out and slot.task is not None:
+        if slot.age_s > self._tries.limit_s(slot) and not slot.timed_out and slot.task is not None:
             slot.timed_out = True
             slot.task.cancel()
 
@@ -527,19 +399,3 @@ def _tell_failure(task: asyncio.Task[None]) -> None:
 
 def _has_failed(task: asyncio.Task[None] | None) -> bool:
     return task is not None and task.done() and not task.cancelled()
-
-
-def _is_worth_a_try(failure: BaseException, policy: RetryPolicy) -> bool:
-    if isinstance(failure, Retry):
-        return True
-    return isinstance(failure, policy.on) and not isinstance(
-        failure, (TimeoutError, PayloadError, Reject)
-    )
-
-
-def _reason(failure: BaseException) -> str:
-    if isinstance(failure, TimeoutError):
-        return "timeout"
-    if isinstance(failure, Reject):
-        return "rejected"
-    return "invalid" if isinstance(failure, PayloadError) else "failed"

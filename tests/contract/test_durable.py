@@ -120,6 +120,28 @@ async def test_no_handler_sees_what_its_neighbour_did_to_the_payload(
         await eventually(lambda: agent.seen == [{"n": 1, "lines": []}])
 
 
+@pytest.mark.parametrize("event_type", [ORDER, LOOK])
+async def test_each_try_and_the_dead_letter_have_the_payload_as_it_came(
+    broker: MessageBroker, event_type: str
+) -> None:
+    class Careless(Agent):
+        async def setup(self) -> None:
+            self.seen: list[dict[str, Any]] = []
+
+        @on(event_type, retry=RetryPolicy(max_retries=2, first_delay_s=0.01))
+        async def take_apart(self, event: Event) -> None:
+            self.seen.append(dict(event.data))
+            raise ValueError(event.data.pop("n"))
+
+    async with running(broker, Careless) as agent, speaking(broker) as till:
+        await till.publish(event_type, {"n": 1})
+        await eventually(lambda: bool(agent.consumer.dead_letters.newest))
+        assert agent.seen == [{"n": 1}] * 3
+        (letter,) = agent.consumer.dead_letters.newest
+        assert letter.event is not None
+        assert letter.event["data"] == {"n": 1}
+
+
 async def test_a_new_agent_begins_now_unless_it_says_earliest(broker: MessageBroker) -> None:
     class Historian(Seen):
         start = "earliest"

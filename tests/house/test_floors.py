@@ -21,6 +21,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
             {"requests", "dead_letter_queue"},
             {"publisher", "consumer", "workers"},
             {"gaps", "intake", "outbox", "sharing", "slots"},
+            {"tries"},
             {"consumer_config", "replay", "replay_bell"},
         ],
     ),

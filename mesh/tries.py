@@ -1,0 +1,210 @@
+"""What follows when a handler has failed: tries with pauses, then the event is put aside."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from mesh import codec
+from mesh.errors import BrokerUnavailableError, FrameError, PayloadError
+from mesh.ledger import Ledger
+from mesh.outcomes import Outcome, Reject, Retry, Skip
+from mesh.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from mesh.consumer_config import ConsumerConfig
+    from mesh.context import HandlerContext
+    from mesh.deadletters import DeadLetters
+    from mesh.events import Event
+    from mesh.handlers import Handler
+    from mesh.inbox import Arrival, Inbox
+
+_log = logging.getLogger(__name__)
+
+_FAILED = Ledger.at("failed")
+
+
+class Slot:
+    """One handler at a time; what the watch sees of it."""
+
+    __slots__ = (
+        "age_s",
+        "event",
+        "handler",
+        "inbox",
+        "pausing",
+        "retries",
+        "seen",
+        "task",
+        "timed_out",
+    )
+
+    def __init__(self, inbox: Inbox) -> None:
+        """Begin empty."""
+        self.inbox = inbox
+        self.task: asyncio.Task[None] | None = None
+        self.event: Event | None = None
+        self.handler: Handler | None = None
+        #: What the watch saw last: the same event and try again is one that is still running.
+        self.seen: tuple[Event | None, int] = (None, 0)
+        self.retries = 0
+        self.age_s = 0.0
+        self.timed_out = False
+        self.pausing = False
+
+
+class Tries:
+    """
+    The tries of one consumer's handlers.
+
+    Args:
+        config: The consumer's.
+        ledger: Where failures are counted.
+        dead_letters: Where live events are put aside.
+    """
+
+    def __init__(self, config: ConsumerConfig, ledger: Ledger, dead_letters: DeadLetters) -> None:
+        """Prepare."""
+        self._config = config
+        self._agent_name = config.agent_name
+        self._ledger = ledger
+        self._cells = ledger.cells
+        self._dead_letters = dead_letters
+        self._retry = RetryPolicy(
+            max_retries=config.max_retries, first_delay_s=config.retry_delay_ms / 1000
+        )
+
+    def limit_s(self, slot: Slot) -> float:
+        """Tell how many seconds the handler in a slot may run."""
+        handler = slot.handler
+        if handler is not None and handler.timeout_s is not None:
+            return handler.timeout_s
+        return self._config.handler_timeout_s
+
+    async def after(
+        self,
+        error: BaseException,
+        slot: Slot,
+        handler: Handler,
+        event: Event,
+        arrival: Arrival,
+        context: HandlerContext | None = None,
+    ) -> None:
+        """
+        Try a handler again, or put the event aside; cancellation from outside passes through.
+
+        Args:
+            error: What the handler raised.
+            slot: Where it ran.
+            handler: Who raised it.
+            event: What it ran on.
+            arrival: What the event came with.
+            context: Of its step; None: it came live.
+        """
+        policy = handler.retry or self._retry
+        retries = policy.max_retries if handler.max_retries is None else handler.max_retries
+        attempt = 1
+        while True:
+            failure = self._as_failure(slot, handler, error)
+            if context is not None:
+                context.take_back()
+            if isinstance(failure, Skip):
+                self._ledger.count("skipped")
+                handler.calls += 1
+                return
+            # The handler may have changed the payload before it failed
+            event = _as_it_came(event, arrival, context)
+            if attempt > retries or not _is_worth_a_try(failure, policy):
+                break
+            handler.failed(failure)
+            # The pause is not the handler's time
+            slot.pausing = True
+            pause_s = failure.after_s if isinstance(failure, Retry) else policy.delay_s(attempt)
+            await self._config.clock.sleep(pause_s)
+            slot.pausing = False
+            slot.retries += 1
+            attempt += 1
+            if context is not None:
+                context.attempt = attempt
+            try:
+                await handler.run(event)
+            except BaseException as again:  # noqa: BLE001 - sorted out above
+                error = again
+            else:
+                handler.calls += 1
+                return
+        self._give_up(handler, event, failure, attempt, context)
+
+    def _give_up(
+        self,
+        handler: Handler,
+        event: Event,
+        failure: BaseException,
+        attempts: int,
+        context: HandlerContext | None,
+    ) -> None:
+        handler.failed(failure)
+        self._cells[_FAILED] += 1
+        reason = _reason(failure)
+        self._ledger.count(f"handler_{reason}")
+        letter = self._dead_letters.letter(
+            event, reason, failure, handler=handler.id, attempts=attempts
+        )
+        if context is None:
+            self._dead_letters.put(letter)
+        else:
+            context.dead.append(letter)
+        _log.error(
+            "handler %s of %s failed on %s %s after %d tries and the event was put aside: %s",
+            handler.id,
+            self._agent_name,
+            event.type,
+            event.id,
+            attempts,
+            failure or type(failure).__name__,
+            # An outage is no surprise, and no place in the handler
+            exc_info=None if isinstance(failure, (Outcome, BrokerUnavailableError)) else failure,
+        )
+
+    def _as_failure(self, slot: Slot, handler: Handler, error: BaseException) -> BaseException:
+        """Tell a handler's failure from the cancellation of the consumer."""
+        if not isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            return error
+        task = slot.task
+        if slot.timed_out and task is not None:
+            slot.timed_out = False
+            task.uncancel()
+            return TimeoutError(
+                f"{handler.id} ran longer than {self.limit_s(slot):g} s and was cancelled"
+            )
+        if isinstance(error, GeneratorExit) or task is None or task.cancelling():
+            raise error
+        return error
+
+
+def _as_it_came(event: Event, arrival: Arrival, context: HandlerContext | None) -> Event:
+    """Give an event as it was before a handler had it."""
+    delivery = None if context is None else context.delivery
+    frame = arrival.frame if delivery is None else delivery.frame
+    try:
+        batch = codec.decode_frame(event.type, frame, arrival.schema)
+    except FrameError:
+        return event
+    return next((each for each in batch.events if each.id == event.id), event)
+
+
+def _is_worth_a_try(failure: BaseException, policy: RetryPolicy) -> bool:
+    if isinstance(failure, Retry):
+        return True
+    return isinstance(failure, policy.on) and not isinstance(
+        failure, (TimeoutError, PayloadError, Reject)
+    )
+
+
+def _reason(failure: BaseException) -> str:
+    if isinstance(failure, TimeoutError):
+        return "timeout"
+    if isinstance(failure, Reject):
+        return "rejected"
+    return "invalid" if isinstance(failure, PayloadError) else "failed"
