@@ -126,7 +126,9 @@ class ZeroMQMessageBroker(MessageBroker):
         self._news = self._publisher.get_monitor_socket(_UP | _DOWN)
         self._publisher.connect(f"ipc://{self._rundir.socket('in')}")
         self._subscriber.connect(f"ipc://{self._rundir.socket('out')}")
-        self._loop.add_reader(self._subscriber.fileno(), self._drain)
+        # Asking for it takes a microsecond, and it is paused and resumed with every full inbox
+        self._subscriber_fd = self._subscriber.fileno()
+        self._loop.add_reader(self._subscriber_fd, self._drain)
         self._loop.add_reader(self._publisher.fileno(), self._read_subscriptions)
         self._loop.add_reader(self._news.fileno(), self._read_news)
         spawned: subprocess.Popen[bytes] | None = None
@@ -311,7 +313,7 @@ class ZeroMQMessageBroker(MessageBroker):
         """Read on."""
         if self._paused and self._context is not None:
             self._paused = False
-            self._loop.add_reader(self._subscriber.fileno(), self._drain)
+            self._loop.add_reader(self._subscriber_fd, self._drain)
             self._drain_later()
 
     def _drain_later(self) -> None:
@@ -333,7 +335,7 @@ class ZeroMQMessageBroker(MessageBroker):
             if not self._deliver(message):
                 # The descriptor tells of edges only: without a reader nothing spins meanwhile
                 self._paused = True
-                self._loop.remove_reader(self._subscriber.fileno())
+                self._loop.remove_reader(self._subscriber_fd)
                 return
         self._drain_later()
 
