@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 
+#: A frame may say a long text once for thousands of events; no honest one comes near this.
+_MAX_ROWS_BYTES = 8 * 1024 * 1024
+
+
 class Table(
     msgspec.Struct,
     frozen=True,
@@ -169,9 +173,16 @@ def rows_of(body: memoryview, count: int) -> list[bytes]:
         for name in table.__struct_fields__
         if (column := getattr(table, name)) is not None
     }
-    columns.setdefault("correlationid", columns.get("id", ()))
-    # One that every table has ends the rows
-    rows = zip(*columns.values(), strict=False)
-    return [
-        _pack_row({"specversion": "1.0", **dict(zip(columns, row, strict=True))}) for row in rows
-    ]
+    if "id" in columns:
+        columns.setdefault("correlationid", columns["id"])
+    packed: list[bytes] = []
+    size = 0
+    # The payloads end the rows: there is one for each event
+    for row in zip(*columns.values(), strict=False):
+        packed.append(_pack_row({"specversion": "1.0", **dict(zip(columns, row, strict=True))}))
+        size += len(packed[-1])
+        if size > _MAX_ROWS_BYTES:
+            raise FrameError(
+                "too_large", f"its events would have more than {_MAX_ROWS_BYTES} bytes"
+            )
+    return packed
