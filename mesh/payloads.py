@@ -21,6 +21,8 @@ from mesh.events import declaration_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from mesh.events import Event
+
 MAX_EVENT_BYTES = 256 * 1024
 #: What of it is kept for the envelope.
 _ENVELOPE_BYTES = 4 * 1024
@@ -254,6 +256,28 @@ def check_text(name: str, value: Any) -> None:
         raise PayloadError(f"{name} cannot travel: {error}") from error
     if size > MAX_TEXT_BYTES:
         raise PayloadError(f"{name} has {size} bytes, the limit is {MAX_TEXT_BYTES}")
+
+
+def check_envelope(event: Event) -> None:
+    """
+    Refuse an event that somebody else has made, if something beside its payload cannot travel.
+
+    Raises:
+        PayloadError: The message names the field and the value.
+    """
+    for name in ("source_agent", "id", "correlation_id"):
+        check_text(name, getattr(event, name))
+    for name in ("causation_id", "key", "traceparent", "reply_to"):
+        if getattr(event, name) is not None:
+            check_text(name, getattr(event, name))
+    for name in ("timestamp", "expires_at"):
+        moment = getattr(event, name)
+        if moment is None and name == "expires_at":
+            continue
+        if not isinstance(moment, datetime) or moment.tzinfo is None:
+            raise PayloadError(f"{name} must be a datetime with a time zone, got {moment!r:.80}")
+    if type(event.hops) is not int or event.hops < 0:
+        raise PayloadError(f"hops must be a whole number from 0 on, got {event.hops!r:.80}")
 
 
 def is_closed(schema: Any, within: tuple[Any, ...] = ()) -> bool:

@@ -15,12 +15,12 @@ from mesh.clock import SYSTEM_CLOCK
 from mesh.columns import Table
 from mesh.context import current_context
 from mesh.deadletters import DeadLetters
-from mesh.errors import BrokerUnavailableError
+from mesh.errors import BrokerUnavailableError, PayloadError
 from mesh.events import Event, Ids, is_durable, payload_of
 from mesh.handlers import compose
 from mesh.ledger import Ledger
 from mesh.outbox import Outbox, Outgoing
-from mesh.payloads import check_text
+from mesh.payloads import check_envelope, check_text
 from mesh.retry import RetryPolicy
 from mesh.values import Value
 
@@ -39,6 +39,7 @@ _TRY_S = 1.0
 #: How long a timestamp serves: a tight loop's events share one.
 _FRESH_S = 50e-6
 _first, _second = itemgetter(0), itemgetter(1)
+_PAIRS = frozenset({tuple, list})
 
 
 class PublisherConfig(Value, frozen=True, kw_only=True):
@@ -221,7 +222,7 @@ class EventPublisher:
             id=identity,
             causation_id=causation_id or (parent.id if parent else None),
             key=key,
-            expires_at=None if expires_in_s is None else now + timedelta(seconds=expires_in_s),
+            expires_at=None if expires_in_s is None else _moment_in(now, expires_in_s),
             traceparent=parent.traceparent if parent else None,
             reply_to=reply_to,
             hops=parent.hops + 1 if parent else 0,
@@ -313,10 +314,13 @@ class EventPublisher:
 
     def _grouped(self, events: Iterable[tuple[str, Any]]) -> list[tuple[Outgoing, list[Any]]]:
         """Bring together what goes out on one topic; durable events keep their order across."""
+        pairs = list(events)
+        if not (_PAIRS.issuperset(map(type, pairs)) and {2}.issuperset(map(len, pairs))):
+            _check_pairs(pairs)
         groups: dict[str, list[Any]] = {}
         made: list[tuple[Outgoing, list[Any]]] = []
-        for event_type, pairs in itertools.groupby(events, key=_first):
-            data = list(map(_second, pairs))
+        for event_type, some in itertools.groupby(pairs, key=_first):
+            data = list(map(_second, some))
             out = self._outgoing.get(event_type) or self._open(event_type)
             if not out.durable and out.topic in groups:
                 groups[out.topic] += data
@@ -401,6 +405,7 @@ class EventPublisher:
 
     async def _enter(self, event: Event) -> None:
         """Stand at the end of the middleware chain."""
+        check_envelope(event)
         out = self._outgoing.get(event.type) or self._open(event.type)
         payload = out.encode(payload_of(event))
         entered = msgspec.structs.replace(event, type=out.member, data=payload)
@@ -423,3 +428,21 @@ class EventPublisher:
             attempts,
             error,
         )
+
+
+def _moment_in(now: datetime, seconds: float) -> datetime:
+    try:
+        return now + timedelta(seconds=seconds)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PayloadError(
+            f"expires_in_s must be a number of seconds from now, got {seconds!r:.80}: {error}"
+        ) from None
+
+
+def _check_pairs(events: list[Any]) -> None:
+    for each in events:
+        if not isinstance(each, (tuple, list)) or len(each) != 2:
+            raise PayloadError(
+                "publish_batch takes pairs (event type, payload),"
+                f" got {type(each).__name__}: {each!r:.80}"
+            )

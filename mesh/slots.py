@@ -75,6 +75,7 @@ class Slots:
         ]
         self._watch_task: asyncio.Task[None] | None = None
         self._blocked = False
+        self._stopping = False
         self._idle: asyncio.Event | None = None
 
     def start(self) -> None:
@@ -83,11 +84,12 @@ class Slots:
             slot.task = asyncio.create_task(
                 self._work(slot), name=f"{self._agent_name}-slot-{number}"
             )
-            slot.task.add_done_callback(_tell_failure)
+            slot.task.add_done_callback(self._tell_end)
         self._watch_task = asyncio.create_task(self._watch(), name=f"{self._agent_name}-watch")
 
     async def stop(self) -> None:
         """End at once; what waits or runs stays unsettled."""
+        self._stopping = True
         tasks = [slot.task for slot in self._slots if slot.task is not None]
         if self._watch_task is not None:
             tasks.append(self._watch_task)
@@ -123,9 +125,21 @@ class Slots:
         """Say whether only a restart helps: a cancelled handler is still there, or a slot died."""
         return any(
             (slot.timed_out and slot.age_s > self._tries.limit_s(slot) + CANCEL_GRACE_S)
-            or _has_failed(slot.task)
+            or (slot.task is not None and slot.task.done() and not self._stopping)
             for slot in self._slots
         )
+
+    def _tell_end(self, task: asyncio.Task[None]) -> None:
+        """Nobody awaits a slot: what ends one for a reason that nobody thought of is said here."""
+        if self._stopping:
+            return
+        if task.cancelled():
+            # A handler that cancels its own task, or the end of the loop
+            _log.error("%s was cancelled and hears nothing any more", task.get_name())
+        else:
+            _log.critical(
+                "%s has failed and hears nothing", task.get_name(), exc_info=task.exception()
+            )
 
     def has_room(self) -> bool:
         """Say whether the inboxes take more; `on_room` is called later when not."""
@@ -389,13 +403,3 @@ class Slots:
         if slot.age_s > self._tries.limit_s(slot) and not slot.timed_out and slot.task is not None:
             slot.timed_out = True
             slot.task.cancel()
-
-
-def _tell_failure(task: asyncio.Task[None]) -> None:
-    """Nobody awaits a slot: what ends one for a reason that nobody thought of is said here."""
-    if _has_failed(task):
-        _log.critical("%s has failed and hears nothing", task.get_name(), exc_info=task.exception())
-
-
-def _has_failed(task: asyncio.Task[None] | None) -> bool:
-    return task is not None and task.done() and not task.cancelled()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import math
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -243,4 +245,55 @@ async def test_a_complete_event_can_be_published_again(fabric: Fabric) -> None:
     assert again == event
     with pytest.raises(PayloadError):
         await publisher.publish_event(Event(READING, {"value": "high"}, "somebody"))
+    await publisher.close()
+
+
+@pytest.mark.parametrize("pairs", [[("a.a",)], [("a.a", {}, 3)], {"a.a": {}}, ["ab"], [None]])
+async def test_what_is_no_pair_is_refused_with_its_value(fabric: Fabric, pairs: Any) -> None:
+    publisher = publisher_on(fabric)
+
+    with pytest.raises(PayloadError, match=r"takes pairs \(event type, payload\), got"):
+        await publisher.publish_batch(pairs)
+    assert await publisher.publish_batch([["a.a", {"value": 1}]]) == 1  # type: ignore[list-item]
+    await publisher.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"source_agent": 5},
+        {"source_agent": "\ud800"},
+        {"id": object()},
+        {"correlation_id": None},
+        {"key": 5},
+        {"timestamp": "now"},
+        {"timestamp": datetime(2026, 1, 1)},  # noqa: DTZ001 - that is the mistake
+        {"expires_at": 5},
+        {"hops": -1},
+    ],
+)
+async def test_an_event_of_somebody_elses_that_cannot_travel_is_refused_at_once(
+    fabric: Fabric, wrong: dict[str, Any]
+) -> None:
+    """In the batch it would hold up all others of its type."""
+    publisher = publisher_on(fabric)
+    (name,) = wrong
+    fields: dict[str, Any] = {"type": "a.a", "data": {"value": 1}, "source_agent": "x"}
+
+    await publisher.publish("a.a", {"value": 0})
+    with pytest.raises(PayloadError, match=name):
+        await publisher.publish_event(Event(**(fields | wrong)))
+    await publisher.publish("a.a", {"value": 2})
+    await publisher.flush()
+
+    assert [value for batch in fabric.batches("a.a") for value in batch] == [0, 2]
+    await publisher.close()
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, 1e300, "5"])
+async def test_a_moment_that_never_comes_is_refused(fabric: Fabric, seconds: Any) -> None:
+    publisher = publisher_on(fabric)
+
+    with pytest.raises(PayloadError, match="expires_in_s must be a number of seconds"):
+        await publisher.publish("a.a", {"value": 0}, expires_in_s=seconds)
     await publisher.close()
