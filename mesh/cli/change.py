@@ -10,7 +10,7 @@ import click
 
 from mesh.cli import say
 from mesh.cli.place import Place, directory_option, settings_of
-from mesh.cli.starting import declare_durable_groups, ready, tell_failures
+from mesh.cli.starting import declare_durable_groups, ready, tell_failures, tell_unlisted
 from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
 from mesh.supervision.supervisord import SupervisorClient
@@ -73,6 +73,7 @@ async def _reload(place: Place) -> int:
             say.line(f"{words}: {', '.join(names)}")
     if not (added or changed or removed):
         say.line("nothing changed in supervisord.conf")
+    tell_unlisted(place.project)
     states = [each for each in await ready(rundir, quiet=True) if each.name in (*added, *changed)]
     for each in states:
         if each.verdict == "ready":

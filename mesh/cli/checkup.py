@@ -21,7 +21,7 @@ from mesh.cli.place import CONF, Place, directory_option, json_option, settings_
 from mesh.config import MessageBusConfig
 from mesh.errors import ConfigurationError, MeshError
 from mesh.rundir import MAX_SOCKET_PATH
-from mesh.supervision.conf import INFRASTRUCTURE, REQUIRED, programs_of, script_of
+from mesh.supervision.conf import INFRASTRUCTURE, REQUIRED, programs_of, script_of, unlisted_of
 from mesh.supervision.supervisord import SupervisorClient
 
 if TYPE_CHECKING:
@@ -156,6 +156,10 @@ def _project(place: Place) -> Iterator[Row]:
         script = script_of(place.project, name)
         if script is not None and not (place.project / script).is_file():
             yield Row("project", "fail", f"[program:{name}] runs {script}", "there is no such file")
+    for name in unlisted_of(place.project):
+        yield Row(
+            "project", "warn", f"agents/{name}.py is no program", f"`mesh new {name}` adds it"
+        )
 
 
 def _directory(rundir: RunDir) -> Iterator[Row]:

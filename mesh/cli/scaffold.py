@@ -14,7 +14,7 @@ from mesh.cli import say
 from mesh.cli.place import CONF, Place
 from mesh.cli.templates import agent_script, agent_section, agent_test, configuration
 from mesh.errors import TopicError
-from mesh.supervision.conf import INFRASTRUCTURE, programs_of, script_of
+from mesh.supervision.conf import INFRASTRUCTURE, programs_of, runs_an_agent, script_of
 from mesh.topics import PRIVATE_PREFIX, check_topic
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
@@ -65,7 +65,7 @@ def new(name: str, hears: str, says: str | None) -> None:
     Write a new agent: script, test, and its place in supervisord.conf.
 
     The script works as it stands. `mesh reload` lets it join a running mesh; nobody else's process
-    is touched.
+    is touched. Where agents/NAME.py is there already it is left as it is, and gets its place.
 
     \b
     Example:
@@ -85,6 +85,11 @@ def new(name: str, hears: str, says: str | None) -> None:
     package = project / "agents" / "__init__.py"
     # Without it another package of this name, wherever it is installed, would be taken for it
     begin = {} if package.exists() else {package: '"""The agents of this project, one a file."""\n'}
+    if script.exists():
+        _write({**begin, conf: conf.read_text() + _section(project, name)})
+        say.line(f"{script.relative_to(project)} is there already and is left as it is")
+        say.line(f"added [program:{name}] to {CONF}; `mesh reload` starts it in a running mesh")
+        return
     _write(
         {
             **begin,
@@ -127,10 +132,10 @@ def _problem_of(name: str, project: Path) -> str | None:
     # Before looking for files, so that a missing supervisord.conf is told first
     if name in programs_of(project):
         return f"[program:{name}] is in {project / CONF} already"
-    for path in (f"agents/{name}.py", f"tests/test_{name}.py"):
-        if (project / path).exists():
-            return f"{project / path} exists already; it is left as it is"
-    return None
+    script, test = project / "agents" / f"{name}.py", project / "tests" / f"test_{name}.py"
+    if script.exists():
+        return None if runs_an_agent(script) else f"{script} exists already, and runs no agent"
+    return f"{test} exists already; it is left as it is" if test.exists() else None
 
 
 def _write(files: dict[Path, str]) -> None:

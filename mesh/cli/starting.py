@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Self
 from mesh.cli import say
 from mesh.errors import BrokerUnavailableError
 from mesh.supervision import boot
+from mesh.supervision.conf import unlisted_of
 from mesh.supervision.declaring import declare_groups
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from mesh.cli.place import Place
@@ -80,6 +82,14 @@ def tell_failures(rundir: RunDir, states: Sequence[ProgramState]) -> list[str]:
         names = " ".join(state.name for state in failed)
         say.note(f"more: mesh logs {names}  ({rundir.path / 'log'})")
     return [state.name for state in failed]
+
+
+def tell_unlisted(project: Path) -> None:
+    """Say which scripts of agents/ are no programs: nobody would see them missing."""
+    for name in unlisted_of(project):
+        say.note(
+            f"agents/{name}.py is no program: `mesh new {name}` adds [program:{name}]", "yellow"
+        )
 
 
 async def declare_durable_groups(

@@ -19,7 +19,7 @@ from mesh.cli.place import (
     param_option,
 )
 from mesh.cli.signals import stop_signals, unless, until_exit
-from mesh.cli.starting import declare_durable_groups, ready, tell_failures
+from mesh.cli.starting import declare_durable_groups, ready, tell_failures, tell_unlisted
 from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
 from mesh.supervision.conf import read_replicas
@@ -120,6 +120,8 @@ async def _up(
             async def start() -> None:
                 states = await ready(rundir)
                 failed.extend(tell_failures(rundir, states))
+                if agents is None:
+                    tell_unlisted(place.project)
                 count = sum(state.verdict == "ready" for state in states)
                 say.line(
                     f"{count} of {len(states)} programs READY in {time.monotonic() - began_s:.1f} s"

@@ -24,6 +24,8 @@ REQUIRED = ("forwarder", "monitor")
 INFRASTRUCTURE = (*REQUIRED, REDIS_PROGRAM)
 _PROGRAM = "program:"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+#: What a script ends with that is an agent.
+_RUNS = re.compile(r"__main__.*\brun\(", re.DOTALL)
 #: supervisord's own words for where output goes, in place of a path.
 _NO_PATHS = ("auto", "none", "off", "syslog")
 
@@ -46,6 +48,21 @@ def script_of(project: Path, name: str) -> str | None:
     if "mesh.runtime" in words:
         return words[words.index("mesh.runtime") + 1]
     return None
+
+
+def unlisted_of(project: Path) -> list[str]:
+    """Name the scripts of agents/ that would run an agent, but are no program."""
+    listed = {script_of(project, name) for name in programs_of(project)}
+    return [
+        script.stem
+        for script in sorted((project / "agents").glob("*.py"))
+        if f"agents/{script.name}" not in listed and runs_an_agent(script)
+    ]
+
+
+def runs_an_agent(script: Path) -> bool:
+    """Say whether a script ends as an agent's does, in ``run(...)``."""
+    return _RUNS.search(script.read_text(errors="replace")) is not None
 
 
 def render(

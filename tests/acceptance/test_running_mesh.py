@@ -240,6 +240,19 @@ def test_a_new_agent_joins_a_running_mesh(project: Path) -> None:
         assert {name: rows[name]["pid"] for name in before} == before
 
 
+def test_a_script_that_nobody_starts_is_told(project: Path) -> None:
+    script = "from mesh import Agent, run\nclass Mine(Agent): ...\n"
+    (project / "agents" / "mine.py").write_text(f"{script}if __name__ == '__main__': run(Mine)\n")
+    with mesh_up(project):
+        told = run_mesh("reload", cwd=project)
+        run_mesh("new", "mine", cwd=project)
+        loaded = run_mesh("reload", cwd=project)
+
+        assert "agents/mine.py is no program: `mesh new mine` adds" in told.err
+        assert "mine is READY" in loaded.out
+        assert "is no program" not in loaded.err
+
+
 def test_the_test_of_a_new_agent_passes(project: Path) -> None:
     run_mesh("new", "hello", cwd=project)
 

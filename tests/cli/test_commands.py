@@ -166,6 +166,24 @@ def test_new_leaves_files_that_exist(project: Path) -> None:
     assert "[program:mine]" not in (project / "supervisord.conf").read_text()
 
 
+def test_new_gives_a_script_that_was_written_by_hand_its_place(project: Path) -> None:
+    script = project / "agents" / "mine.py"
+    written = (
+        "from mesh import Agent, run\nclass M(Agent): ...\nif __name__ == '__main__': run(M)\n"
+    )
+    script.write_text(written)
+    before = call("doctor").output
+
+    made = call("new", "mine")
+
+    assert made.exit_code == 0, made.output
+    assert script.read_text() == written
+    assert not (project / "tests" / "test_mine.py").exists()
+    assert "[program:mine]\ncommand=" in (project / "supervisord.conf").read_text()
+    assert "agents/mine.py is no program" in before
+    assert "is no program" not in call("doctor").output
+
+
 def test_new_without_a_project_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
