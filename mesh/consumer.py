@@ -16,7 +16,14 @@ from mesh import codec
 from mesh.consumer_config import ConsumerConfig
 from mesh.context import HandlerContext
 from mesh.deadletters import DeadLetters
-from mesh.errors import ClosedError, ConfigurationError, FrameError, MeshError, is_outage
+from mesh.errors import (
+    ClosedError,
+    ConfigurationError,
+    DamagedJournalError,
+    FrameError,
+    MeshError,
+    is_outage,
+)
 from mesh.events import is_durable
 from mesh.gaps import Gaps
 from mesh.handlers import Handler, HandlerPriority
@@ -143,9 +150,12 @@ class EventConsumer:
 
     async def _opened_intake(self) -> DurableIntake:
         try:
-            journal = await self.broker.open_journal()
-        except ConfigurationError as error:
+            return await self._try_intake()
+        except (ConfigurationError, DamagedJournalError) as error:
             raise cannot_keep(self._durable_topics(), self.broker.fabric, error) from None
+
+    async def _try_intake(self) -> DurableIntake:
+        journal = await self.broker.open_journal()
         intake = DurableIntake(
             journal=journal,
             broker=self.broker,

@@ -18,6 +18,7 @@ Every error the mesh raises, in one tree.
     └── BrokerUnavailableError    the fabric does not answer
         ├── AccessDeniedError     the fabric refuses us: password, user, rights, certificate
         ├── BackpressureError     the fabric does not take more within the limit
+        ├── DamagedJournalError   the journal's file is damaged
         └── RequestTimeoutError   nobody replied in time
 """
 
@@ -118,6 +119,10 @@ class BrokerUnavailableError(MeshError):
     """The fabric does not answer."""
 
 
+class DamagedJournalError(BrokerUnavailableError):
+    """The journal's file is damaged; no retry helps, somebody has to restore it."""
+
+
 class AccessDeniedError(BrokerUnavailableError):
     """The fabric refuses us: a password, a user, its rights or a certificate; no retry helps."""
 
@@ -134,6 +139,6 @@ def is_outage(error: BaseException) -> bool:
     """Say whether an error means only that the fabric or the journal is away, and can come back."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(is_outage, error.exceptions))
-    # No password becomes right by waiting, and who does not reply may never
-    lasting = (AccessDeniedError, RequestTimeoutError)
+    # No password becomes right by waiting, no file heals, and who does not reply may never
+    lasting = (AccessDeniedError, DamagedJournalError, RequestTimeoutError)
     return isinstance(error, BrokerUnavailableError) and not isinstance(error, lasting)

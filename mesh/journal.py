@@ -27,7 +27,7 @@ import zlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from mesh.errors import ConfigurationError
+from mesh.errors import ConfigurationError, DamagedJournalError
 from mesh.values import State, Value, field
 
 if TYPE_CHECKING:
@@ -180,17 +180,18 @@ ALL_DEAD = DeadQuery()
 
 
 def cannot_keep(
-    topics: Collection[str], fabric: str, error: ConfigurationError
+    topics: Collection[str], fabric: str, error: ConfigurationError | DamagedJournalError
 ) -> ConfigurationError:
     """Say for the sake of which types a journal was wanted that cannot be one."""
+    problems = error.problems if isinstance(error, ConfigurationError) else (str(error),)
     if not topics:
-        return error
+        return ConfigurationError(problems)
     names = ", ".join(sorted(topics))
     verb = "is" if len(topics) == 1 else "are"
     return ConfigurationError(
         f"{names} {verb} durable, and {fabric} cannot keep that: {problem}; or let it go:"
         f" LEGION_ALLOW_DOWNGRADE={names.replace(' ', '')}"
-        for problem in error.problems
+        for problem in problems
     )
 
 

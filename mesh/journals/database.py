@@ -10,7 +10,13 @@ import stat
 import time
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from mesh.errors import BackpressureError, BrokerUnavailableError, ConfigurationError, MeshError
+from mesh.errors import (
+    BackpressureError,
+    BrokerUnavailableError,
+    ConfigurationError,
+    DamagedJournalError,
+    MeshError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,13 +163,14 @@ class Database:
                 f"{where} was locked by another process for {self._busy_s:g} s;"
                 " is one stopped, or a database tool open on it?"
             )
-        kind = ConfigurationError if opening else BrokerUnavailableError
         if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
-            return kind(
+            damaged = ConfigurationError if opening else DamagedJournalError
+            return damaged(
                 f"{where} is damaged or no database ({error}); stop the mesh, move the file away"
                 " together with its -wal and -shm, and restore it from a copy or start anew"
             )
         if code in {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN}:
+            kind = ConfigurationError if opening else BrokerUnavailableError
             return kind(
                 f"{where} cannot be written ({error});"
                 " the file and its directory must belong to this user and be writable"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mesh.errors import ConfigurationError
+from mesh.errors import ConfigurationError, DamagedJournalError
 from mesh.factory import make_broker
 from mesh.journal import cannot_keep
 from mesh.supervision.conf import programs_of, script_of
@@ -106,12 +106,12 @@ async def declare_groups(
     if durable:
         journal = make_broker(config, rundir.path).make_journal()
         try:
-            await journal.connect()
-        except ConfigurationError as error:
+            async with journal:
+                for name, each in durable.items():
+                    topics = [*each.durable, replay_topic(name)]
+                    await journal.declare(name, topics, start=each.start)
+        except (ConfigurationError, DamagedJournalError) as error:
             raise cannot_keep(durable_topics(said), config.broker_type, error) from None
-        async with journal:
-            for name, each in durable.items():
-                await journal.declare(name, [*each.durable, replay_topic(name)], start=each.start)
     return [name for name, each in said.items() if each is None or each.problem]
 
 

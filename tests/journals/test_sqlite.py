@@ -18,6 +18,8 @@ from mesh.errors import (
     BackpressureError,
     BrokerUnavailableError,
     ConfigurationError,
+    DamagedJournalError,
+    is_outage,
 )
 from mesh.journal import Record, Step
 from mesh.journals import local
@@ -123,8 +125,9 @@ async def test_damage_that_shows_later_is_a_typed_error(path: Path) -> None:
         file.seek(size // 2)
         file.write(b"\xa5" * (size // 2))
     async with SQLiteJournal(path) as journal:
-        with pytest.raises(BrokerUnavailableError, match="damaged"):
+        with pytest.raises(DamagedJournalError, match="damaged") as caught:
             await drain(journal, "risk", "risk")
+    assert not is_outage(caught.value), "an agent that waits for its journal would wait for ever"
 
 
 async def test_a_missing_directory_is_named(path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from mesh.journals.sqlite import SQLiteJournal
+from mesh.rundir import RunDir
 from tests.faults.project import write_project
 from tests.outages.pair import HERE
-from tests.plumbing.processes import MESH, environment, run_mesh, run_program
+from tests.plumbing.journals import numbered
+from tests.plumbing.processes import MESH, end_forwarder, environment, run_mesh, run_program
 from tests.plumbing.redis_server import RedisServer
 
 if TYPE_CHECKING:
@@ -60,6 +65,33 @@ def test_type_fabric_and_setting_are_named(
         "LEGION_ALLOW_DOWNGRADE=outage.order",
     ):
         assert named in ended.err
+
+
+@pytest.mark.parametrize(
+    "words", [(MESH, "up", "-d"), (sys.executable, "agents/counter.py")], ids=["mesh up", "agent"]
+)
+async def test_a_journal_whose_pages_are_damaged_is_no_outage(
+    own_mesh_dir: Path, tmp_path: Path, words: tuple[str | Path, ...]
+) -> None:
+    """Its first page is sound, so it opens; to wait for it would be to wait for ever."""
+    write_project(tmp_path, "till", "counter", folder=HERE)
+    path = RunDir(own_mesh_dir).ensure().journal()
+    async with SQLiteJournal(path) as journal:
+        await journal.append(numbered(3000))
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(4096)
+        file.write(b"\xa5" * (size - 4096))
+
+    ended = await asyncio.to_thread(
+        run_program, *words, cwd=tmp_path, env=environment(), timeout_s=60
+    )
+    end_forwarder(own_mesh_dir)
+
+    assert ended.code == 78, ended
+    assert "outage.order is durable, and zmq cannot keep that" in ended.err
+    assert f"the journal {path} is damaged" in ended.err
+    assert "move the file away together with its -wal and -shm" in ended.err
 
 
 LIVE = """
