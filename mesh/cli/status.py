@@ -105,6 +105,9 @@ def _show(facts: MeshFacts, journal: KeptFacts) -> None:
             say.line(f"{each.name}: {each.last_words}", "red")
     for problem in facts.problems:
         say.line(problem, "red")
+    waiting = [each.name for each in facts.programs if each.sources == "waiting"]
+    if waiting:
+        say.line(f"sources begin when all agents are READY: {', '.join(waiting)}", "yellow")
     if not facts.problems:
         say.line("all is well", "green")
 

@@ -157,7 +157,8 @@ def last_words(rundir: RunDir, program: ProcessInfo) -> str:
     """Give the last line a failed program printed, or what supervisord says of it."""
     with contextlib.suppress(OSError):
         text = rundir.output(program.name).read_text(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        # The frame that Python draws around the errors of a group says nothing
+        lines = [words for line in text.splitlines() if (words := line.strip(" \t|+-"))]
         if lines:
             return lines[-1]
     if program.spawn_error:

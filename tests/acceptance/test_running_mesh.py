@@ -268,12 +268,27 @@ def test_the_test_of_a_new_agent_passes(project: Path) -> None:
     assert "1 passed" in ended.out
 
 
+FAILING_SETUP = """
+from mesh import Agent, run
+
+
+class Signals(Agent):
+    async def setup(self) -> None:
+        raise RuntimeError("no setup today")
+
+
+if __name__ == "__main__":
+    run(Signals)
+"""
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [
         ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
         ("def broken(:", "SyntaxError: invalid syntax"),
         ("x = 1", "no agent class"),
+        (FAILING_SETUP, "RuntimeError: no setup today"),
     ],
 )
 def test_a_broken_script_is_told_and_the_others_run(project: Path, script: str, words: str) -> None:

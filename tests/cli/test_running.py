@@ -132,6 +132,24 @@ async def test_ctrl_c_ends_a_run_with_its_report(project: Path, own_mesh_dir: Pa
     assert run_mesh("status", cwd=project).code == 3
 
 
+async def test_status_says_why_sources_are_silent(project: Path) -> None:
+    script = project / "agents" / "signals.py"
+    hanging = "    async def setup(self) -> None:\n        await asyncio.Event().wait()\n"
+    script.write_text(
+        f"import asyncio\nfrom mesh import Agent, run\n\n\nclass Signals(Agent):\n{hanging}"
+        "\n\nif __name__ == '__main__':\n    run(Signals)\n"
+    )
+
+    def says_why() -> bool:
+        told = run_mesh("status", cwd=project).out
+        return "sources begin when all agents are READY: market_data" in told
+
+    async with running(MESH, "up", cwd=project) as process:
+        await eventually(says_why, within_s=20)
+        process.send_signal(signal.SIGTERM)
+        await process.communicate()
+
+
 async def test_up_in_the_foreground_takes_all_down(project: Path) -> None:
     async with running(MESH, "up", cwd=project) as process:
         await eventually(lambda: run_mesh("status", cwd=project).code == 0, within_s=20)
