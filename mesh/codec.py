@@ -27,27 +27,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
-from itertools import chain
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from mesh import columns
+from mesh.batch import Batch, accept, all_sound, check_each, check_event, reason_of, type_of
 from mesh.errors import FrameError, PayloadError
-from mesh.events import Event, EventType, OwnEvent, declaration_of, payload_of
+from mesh.events import Event, EventType, OwnEvent, declaration_of
 from mesh.payloads import (
     ARRAY32,
     CANNOT,
     MAX_EVENT_BYTES,
     MAX_ITEMS,
-    SCALARS,
     cannot_travel,
     is_closed,
     too_large,
-    walk,
 )
-from mesh.values import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -75,8 +71,6 @@ _json = msgspec.json.Encoder()
 _unpack_builtin = msgspec.msgpack.Decoder(list[Event]).decode
 _unpack_own: Callable[[Any], list[Event]] = msgspec.msgpack.Decoder(list[OwnEvent]).decode  # type: ignore[assignment]  # twins
 _unpack_raw = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
-_unpack_event = msgspec.msgpack.Decoder(OwnEvent).decode
-_type_of = attrgetter("type")
 _force = msgspec.structs.force_setattr
 
 
@@ -89,23 +83,6 @@ class _Sequenced(OwnEvent, frozen=True, omit_defaults=True, tag_field="specversi
 
 _parse_event = msgspec.json.Decoder(_Sequenced).decode
 _parse_batch = msgspec.json.Decoder(list[_Sequenced]).decode
-
-
-class Batch(State):
-    """Events of one topic as they came in one frame."""
-
-    topic: str
-    events: list[Event]
-    publisher: str = ""
-    #: When the publisher's numbering began (ns since 1970); 0: not numbered.
-    epoch: int = 0
-    #: Sequence number of the first event, and how many numbers the frame covers.
-    first: int = 0
-    count: int = 0
-    #: What could not be decoded: (reason, detail, bytes).
-    rejected: list[tuple[str, str, bytes]] | None = None
-    #: The class that all payloads were decoded into; None: dicts.
-    schema: type[Any] | None = None
 
 
 class Batcher:
@@ -238,7 +215,7 @@ def decode_frame(topic: str, frame: bytes, schema: type[Any] | None = None) -> B
     if mark in (0x7B, 0x5B):
         return _decode_json(topic, frame)
     if 0x80 <= mark <= 0x8F or mark in (0xDE, 0xDF):
-        return _accept(Batch(topic, []), [frame])
+        return accept(Batch(topic, []), [frame])
     raise FrameError("undecodable", f"first byte {mark:#04x} starts no known form")
 
 
@@ -274,11 +251,11 @@ def _decode_table(batch: Batch, body: memoryview, size: int, schema: type[Any] |
     try:
         events = columns.unpack(body, count, topic, member, dict[str, Any])
     except (msgspec.MsgspecError, RecursionError, ValueError):
-        return _accept(batch, _rows_of(body, count))
-    if _all_sound(events, member, size):
+        return accept(batch, _rows_of(body, count))
+    if all_sound(events, member, size):
         batch.events = events
         return batch
-    return _check_each(batch, events, member, size)
+    return check_each(batch, events, member, size)
 
 
 def _rows_of(body: memoryview, count: int) -> list[bytes]:
@@ -287,7 +264,7 @@ def _rows_of(body: memoryview, count: int) -> list[bytes]:
     except FrameError:
         raise
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
-        raise FrameError(_reason(error), str(error)) from None
+        raise FrameError(reason_of(error), str(error)) from None
 
 
 def _decode_rows(batch: Batch, events: memoryview, size: int, schema: type[Any] | None) -> Batch:
@@ -307,8 +284,8 @@ def _decode_rows(batch: Batch, events: memoryview, size: int, schema: type[Any] 
             return _decode_one_by_one(batch, events)
     if len(decoded) != count:
         raise FrameError("undecodable", f"{len(decoded)} events where the header says {count}")
-    if (typed is not None and {member}.issuperset(map(_type_of, decoded))) or (
-        typed is None and _all_sound(decoded, member, size)
+    if (typed is not None and {member}.issuperset(map(type_of, decoded))) or (
+        typed is None and all_sound(decoded, member, size)
     ):
         batch.events = decoded
         batch.schema = None if typed is None else schema
@@ -316,7 +293,7 @@ def _decode_rows(batch: Batch, events: memoryview, size: int, schema: type[Any] 
             for event in decoded:
                 _force(event, "type", member)
         return batch
-    return _check_each(batch, decoded, member, size)
+    return check_each(batch, decoded, member, size)
 
 
 def _check_numbers(epoch: int, first: int, count: int) -> None:
@@ -325,77 +302,31 @@ def _check_numbers(epoch: int, first: int, count: int) -> None:
         raise FrameError("invalid", f"epoch {epoch}, numbers from {first}, {count} of them")
 
 
-def _all_sound(decoded: list[Any], member: str, size: int) -> bool:
-    """Check types and shapes of a whole batch without a Python-level loop: it is done per event."""
-    payloads = list(map(payload_of, decoded))
-    return (
-        SCALARS.issuperset(map(type, chain.from_iterable(map(dict.values, payloads))))
-        and {member}.issuperset(map(_type_of, decoded))
-        and (size <= 2 * MAX_ITEMS or max(map(len, payloads)) <= MAX_ITEMS)
-    )
-
-
-def _check_each(batch: Batch, decoded: list[Any], member: str, size: int) -> Batch:
-    """Sort the sound events of a batch from the others."""
-    for event in decoded:
-        try:
-            _check_event(batch.topic, event, size)
-        except FrameError as error:
-            _reject(batch, error, _json_or_nothing(event))
-            continue
-        _force(event, "type", member)
-        batch.events.append(event)
-    return batch
-
-
-def _check_event(topic: str, event: Event, size: int) -> None:
-    if event.type != topic:
-        raise FrameError("wrong_topic", f"an event of type {event.type!r:.80} under {topic!r}")
-    if size > 2 * MAX_ITEMS or not SCALARS.issuperset(map(type, event.data.values())):
-        walk(event.data, 1, [0])
-
-
 def _decode_one_by_one(batch: Batch, body: memoryview) -> Batch:
     """Save the sound events of a batch of which some are broken."""
     try:
         raws = _unpack_raw(body)
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
-        raise FrameError(_reason(error), str(error)) from None
+        raise FrameError(reason_of(error), str(error)) from None
     if len(raws) != batch.count:
         raise FrameError("undecodable", f"{len(raws)} events where the header says {batch.count}")
-    return _accept(batch, [bytes(raw) for raw in raws])
-
-
-def _accept(batch: Batch, raws: list[bytes]) -> Batch:
-    member = declaration_of(batch.topic).member
-    for raw in raws:
-        try:
-            if len(raw) > MAX_EVENT_BYTES:
-                raise FrameError("too_large", f"{len(raw)} bytes, limit {MAX_EVENT_BYTES}")
-            event = _unpack_event(raw)
-            _check_event(batch.topic, event, len(raw))
-        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
-            _reject(batch, error, raw)
-            continue
-        _force(event, "type", member)
-        batch.events.append(event)
-    return batch
+    return accept(batch, [bytes(raw) for raw in raws])
 
 
 def _decode_json(topic: str, frame: bytes) -> Batch:
     try:
         parsed = _parse_batch(frame) if frame[0] == 0x5B else [_parse_event(frame)]
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
-        raise FrameError(_reason(error), str(error)) from None
+        raise FrameError(reason_of(error), str(error)) from None
     if len(parsed) > MAX_ITEMS:
         raise FrameError("too_many_items", f"{len(parsed)} events, the limit is {MAX_ITEMS}")
     batch = Batch(topic, [])
     member = declaration_of(topic).member
     for found in parsed:
         try:
-            _check_event(topic, found, len(frame))
+            check_event(topic, found, len(frame))
         except FrameError as error:
-            _reject(batch, error, frame)
+            batch.reject(error, frame)
             continue
         fields = {name: getattr(found, name) for name in Event.__struct_fields__}
         batch.events.append(Event(**{**fields, "type": member}))
@@ -404,26 +335,3 @@ def _decode_json(topic: str, frame: bytes) -> Batch:
         batch.publisher, batch.epoch = parsed[0].source_agent, parsed[0].epoch
         batch.first, batch.count = parsed[0].sequence, len(parsed)
     return batch
-
-
-def _reject(batch: Batch, error: Exception, raw: bytes) -> None:
-    if batch.rejected is None:
-        batch.rejected = []
-    batch.rejected.append((_reason(error), str(error), raw))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FrameError):
-        return error.reason
-    if isinstance(error, RecursionError):
-        return "too_deep"
-    if isinstance(error, msgspec.ValidationError):
-        return "unknown_version" if "specversion" in str(error) else "invalid"
-    return "undecodable"
-
-
-def _json_or_nothing(event: Event) -> bytes:
-    try:
-        return _json.encode(event)
-    except (TypeError, ValueError, RecursionError):
-        return b""

@@ -14,7 +14,7 @@ from mesh.codec import MAX_SEQUENCE
 from mesh.ledger import IN_EPOCH, IN_LAST, IN_LOST, IN_PASSED
 
 if TYPE_CHECKING:
-    from mesh.codec import Batch
+    from mesh.batch import Batch
     from mesh.ledger import Ledger
 
 _log = logging.getLogger(__name__)

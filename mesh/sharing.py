@@ -9,7 +9,7 @@ from mesh.replicas import slot_of
 if TYPE_CHECKING:
     from collections.abc import Set
 
-    from mesh.codec import Batch
+    from mesh.batch import Batch
 
 
 def leave_to_others(batch: Batch, mine: Set[int]) -> int:
