@@ -274,8 +274,11 @@ class Outbox:
             ConfigurationError: It cannot keep what durable types promise.
         """
         self._require_open()
-        encode = codec.encode_json if self._json else codec.encode_single
-        records = [Record(out.topic, event.id, encode(event), event.key) for event in events]
+        encode_all = _encode_in_json if self._json else codec.encode_singles
+        records = [
+            Record(out.topic, event.id, frame, event.key)
+            for event, frame in zip(events, encode_all(events), strict=True)
+        ]
         context = current_context.get()
         if context is not None and context.is_open:
             context.records += records
@@ -405,3 +408,7 @@ class Outbox:
     def _require_open(self) -> None:
         if self._closed:
             raise ClosedError(f"the publisher of {self._agent_name!r} is closed; make a new one")
+
+
+def _encode_in_json(events: Sequence[Event]) -> list[bytes]:
+    return [codec.encode_json(event) for event in events]

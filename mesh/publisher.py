@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from datetime import timedelta
+from itertools import repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -295,22 +296,26 @@ class EventPublisher:
 
     def _events(self, out: Outgoing, data: list[Any], now: datetime) -> list[Any]:
         """Make the events of one type."""
-        name, parent = self.agent_name, current_event.get()
-        ids = [self._identity(out) for _ in data]
-        return [
-            Event(
-                out.member,
-                payload,
-                name,
-                now,
-                parent.correlation_id if parent else identity,
-                identity,
-                parent.id if parent else None,
-                traceparent=parent.traceparent if parent else None,
-                hops=parent.hops + 1 if parent else 0,
+        parent = current_event.get()
+        ids = self._identities(out, len(data))
+        # One pass in C: a loop in Python would cost as much as all the rest
+        return list(
+            map(
+                Event,
+                repeat(out.member),
+                out.encode_all(data),
+                repeat(self.agent_name),
+                repeat(now),
+                repeat(parent.correlation_id) if parent else ids,
+                ids,
+                repeat(parent.id if parent else None),
+                repeat(None),
+                repeat(None),
+                repeat(parent.traceparent if parent else None),
+                repeat(None),
+                repeat(parent.hops + 1 if parent else 0),
             )
-            for identity, payload in zip(ids, out.encode_all(data), strict=True)
-        ]
+        )
 
     def _grouped(self, events: Iterable[tuple[str, Any]]) -> list[tuple[Outgoing, list[Any]]]:
         """Bring together what goes out on one topic; durable events keep their order across."""
@@ -398,6 +403,11 @@ class EventPublisher:
         if context is not None and context.is_open:
             return context.derive_id() or self._new_id()
         return self._new_id()
+
+    def _identities(self, out: Outgoing, count: int) -> list[str]:
+        if not out.durable or current_context.get() is None:
+            return self._ids.many(count)
+        return [self._identity(out) for _ in range(count)]
 
     def _open(self, event_type: str) -> Outgoing:
         out = self._outgoing[event_type] = self._outbox.open(event_type)
