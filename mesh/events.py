@@ -186,8 +186,9 @@ class Event(
         hops: How many handlers lie between this event and the edge of the mesh.
 
     `data` always reads as a dict. Who changes something in it changes nobody else's: each handler
-    has its own, and so has each of its tries. Inside, the payload may still be encoded (an event on
-    its way out) or be an instance of the schema its handlers ask for (one that came in).
+    has its own, and so has each of its tries (but not with ``overflow="latest"``). Inside, the
+    payload may still be encoded (an event on its way out) or be an instance of the schema its
+    handlers ask for (one that came in).
     """
 
     if TYPE_CHECKING:

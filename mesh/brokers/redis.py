@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from mesh.broker import PUBLISH_TIMEOUT_S, MessageBroker
 from mesh.env import DEFAULT_JOURNAL, journal_name
@@ -23,13 +23,12 @@ from mesh.redis_link.access import PORT
 from mesh.redis_link.kept import SILENT_S
 from mesh.redis_link.node import Terms
 from mesh.redis_link.nodes import ClusterNodes
-from mesh.redis_link.place import place_of
+from mesh.redis_link.place import Where, place_of
 from mesh.redis_link.resp import ReplyError
 from mesh.topics import check_topic, replay_topic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Collection
 
     from mesh.broker import Receiver
     from mesh.journal import Journal
@@ -83,52 +82,25 @@ class RedisMessageBroker(MessageBroker):
         host: str = "localhost",
         port: int = PORT,
         *,
-        url: str | None = None,
-        username: str | None = None,
-        password: str | None = None,
-        db: int = 0,
-        unix_socket_path: str | Path | None = None,
-        tls: bool = False,
-        tls_ca: str | Path | None = None,
-        tls_cert: str | Path | None = None,
-        tls_key: str | Path | None = None,
         cluster: bool = False,
-        sentinels: Sequence[tuple[str, int]] = (),
-        sentinel_service: str = "mymaster",
-        sentinel_password: str | None = None,
         mesh: str = "default",
-        client_name: str = "legion",
         connect_timeout_s: float = 5.0,
         silent_s: float = SILENT_S,
         allow_volatile: bool = False,
         journal: str | None = None,
         publish_timeout_s: float = PUBLISH_TIMEOUT_S,
+        **where: Unpack[Where],
     ) -> None:
         """Begin unconnected."""
         super().__init__()
-        where: dict[str, Any] = {
-            "host": host,
-            "port": port,
-            "url": url,
-            "username": username,
-            "password": password,
-            "db": db,
-            "unix_socket_path": unix_socket_path,
-            "tls": tls,
-            "tls_ca": tls_ca,
-            "tls_cert": tls_cert,
-            "tls_key": tls_key,
-            "cluster": cluster,
-            "sentinels": sentinels,
-            "sentinel_service": sentinel_service,
-            "sentinel_password": sentinel_password,
-            "client_name": client_name,
-        }
-        self._place = place_of(**where, mesh=mesh)
+        self._place = place_of(host, port, cluster=cluster, mesh=mesh, **where)
         name = journal or journal_name()
         self._journal_mesh = mesh if name == DEFAULT_JOURNAL else f"{mesh}.{name}"
         options = {
             **where,
+            "host": host,
+            "port": port,
+            "cluster": cluster,
             "mesh": self._journal_mesh,
             "connect_timeout_s": connect_timeout_s,
             "silent_s": silent_s,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Unpack
 
 from mesh.errors import ConfigurationError
 from mesh.journal import ALL_DEAD, LEASE_S, DeadQuery, Delivery, Feature
@@ -29,11 +29,10 @@ from mesh.journals.redis_views import Views
 from mesh.journals.redis_writer import Writer
 from mesh.redis_link.access import PORT
 from mesh.redis_link.kept import SILENT_S
-from mesh.redis_link.place import place_of
+from mesh.redis_link.place import Where, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence, Set
-    from pathlib import Path
 
     from mesh.deadletters import DeadLetter
     from mesh.journal import DeadCount, GroupView, Record, Size, Step, Stored
@@ -93,21 +92,8 @@ class RedisJournal(LocalJournal):
         host: str = "localhost",
         port: int = PORT,
         *,
-        url: str | None = None,
-        username: str | None = None,
-        password: str | None = None,
-        db: int = 0,
-        unix_socket_path: str | Path | None = None,
-        tls: bool = False,
-        tls_ca: str | Path | None = None,
-        tls_cert: str | Path | None = None,
-        tls_key: str | Path | None = None,
         cluster: bool = False,
-        sentinels: Sequence[tuple[str, int]] = (),
-        sentinel_service: str = "mymaster",
-        sentinel_password: str | None = None,
         mesh: str = "default",
-        client_name: str = "legion",
         connect_timeout_s: float = 5.0,
         silent_s: float = SILENT_S,
         retry_s: float = 10.0,
@@ -115,28 +101,11 @@ class RedisJournal(LocalJournal):
         remembered_ids: int = REMEMBERED_IDS,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
         allow_volatile: bool = False,
+        **where: Unpack[Where],
     ) -> None:
         """Begin unconnected."""
         super().__init__()
-        place = place_of(
-            host,
-            port,
-            url=url,
-            username=username,
-            password=password,
-            db=db,
-            unix_socket_path=unix_socket_path,
-            tls=tls,
-            tls_ca=tls_ca,
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-            cluster=cluster,
-            sentinels=sentinels,
-            sentinel_service=sentinel_service,
-            sentinel_password=sentinel_password,
-            mesh=mesh,
-            client_name=client_name,
-        )
+        place = place_of(host, port, cluster=cluster, mesh=mesh, **where)
         if cluster:
             self.features = self.features - {Feature.ATOMIC}
         self._connect_timeout_s = connect_timeout_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from mesh.errors import ConfigurationError
 from mesh.redis_link.access import PORT, Access, Address, parse_url, tls_context
@@ -40,6 +40,24 @@ class Place:
         if self.cluster:
             return ClusterNodes([self.address], terms, resend, on_layout)
         return OneServer(self.find, terms)
+
+
+class Where(TypedDict, total=False):
+    """What leads to a Redis, besides host, port, cluster and mesh; `place_of` has the defaults."""
+
+    url: str | None
+    username: str | None
+    password: str | None
+    db: int
+    unix_socket_path: str | Path | None
+    tls: bool
+    tls_ca: str | Path | None
+    tls_cert: str | Path | None
+    tls_key: str | Path | None
+    sentinels: Sequence[tuple[str, int]]
+    sentinel_service: str
+    sentinel_password: str | None
+    client_name: str
 
 
 def place_of(
