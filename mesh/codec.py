@@ -52,7 +52,7 @@ BATCH_MARK = 0xC1
 #: Versions of a batch: its events one after the other, or as a table.
 ROWS, TABLE = 1, 2
 #: Fewer events than this travel one after the other: a table of them costs more than it saves.
-_FEW = 6
+_FEW, _FEW_PLAIN = 64, 12
 #: A batch is closed at this size; a single larger event travels alone.
 MAX_BATCH_BYTES = 64 * 1024
 MAX_BATCH_EVENTS = 512
@@ -104,11 +104,22 @@ class Batcher:
         self._rows = _HEAD.pack(BATCH_MARK, ROWS, len(name)) + name
         self._table = _HEAD.pack(BATCH_MARK, TABLE, len(name)) + name
 
-    def encode(self, topic: str, epoch: int, first: int, events: list[Event]) -> bytes:
-        """Put a live batch together; the payloads come from a `payload_encoder`."""
+    def encode(
+        self, topic: str, epoch: int, first: int, events: list[Event], *, plain: bool = False
+    ) -> bytes:
+        """
+        Put a live batch together.
+
+        Args:
+            topic: The events' type.
+            epoch: When their numbering began.
+            first: The number of the first.
+            events: Their payloads come from a `payload_encoder`.
+            plain: See `columns.tabulate`.
+        """
         count = len(events)
-        if count >= _FEW:
-            return self.encode_table(columns.tabulate(topic, events), epoch, first)
+        if count >= (_FEW_PLAIN if plain else _FEW):
+            return self.encode_table(columns.tabulate(topic, events, plain=plain), epoch, first)
         return b"".join((self._rows, _TAIL.pack(epoch, first, count), _packer.encode(events)))
 
     def encode_table(self, table: columns.Table, epoch: int, first: int) -> bytes:

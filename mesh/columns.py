@@ -80,9 +80,24 @@ _pack_row = msgspec.msgpack.Encoder().encode
 _unpack_loosely = msgspec.msgpack.Decoder(_LooseTable).decode
 
 
-def tabulate(topic: str, events: Sequence[Event]) -> Table:
-    """Make a table of events whose payloads are encoded."""
+def tabulate(topic: str, events: Sequence[Event], *, plain: bool) -> Table:
+    """
+    Make a table of events whose payloads are encoded.
+
+    Args:
+        topic: Their type on the wire.
+        events: In order.
+        plain: They differ in payload, moment and id only, and nothing has caused them.
+    """
     ids = [event.id for event in events]
+    if plain:
+        return Table(
+            topic,
+            [payload_of(event) for event in events],
+            events[0].source_agent,
+            _alike([event.timestamp for event in events]),
+            ids,
+        )
     correlations = [event.correlation_id for event in events]
     return Table(
         topic,

@@ -62,6 +62,8 @@ class Outgoing(State, eq=False):
     durable: bool = False
     #: Bytes of payload in the batch.
     size: int = 0
+    #: Its events have nothing that most have not: see `columns.tabulate`.
+    plain: bool = True
     events: list[Event] = field(default_factory=list)
     #: Batches that are closed and older than `events`: how many events, and the frame.
     closed: deque[tuple[int, bytes]] = field(default_factory=deque)
@@ -346,19 +348,23 @@ class Outbox:
 
     def _frame_of(self, out: Outgoing) -> bytes:
         events = out.events
-        return self._batcher.encode(out.topic, out.epoch, out.sequence - len(events) + 1, events)
+        first = out.sequence - len(events) + 1
+        return self._batcher.encode(out.topic, out.epoch, first, events, plain=out.plain)
 
     def _close_batch(self, out: Outgoing) -> None:
         """Let nothing more into a batch, for something younger leaves in another."""
         out.closed.append((len(out.events), self._frame_of(out)))
-        out.events.clear()
-        out.size = 0
+        self._empty(out)
 
     def _clear(self, out: Outgoing) -> None:
-        out.events.clear()
+        self._empty(out)
         out.closed.clear()
-        out.size = 0
         self._dirty.remove(out)
+
+    @staticmethod
+    def _empty(out: Outgoing) -> None:
+        out.events.clear()
+        out.size, out.plain = 0, True
 
     def _end_turn(self) -> None:
         """Send everything at the end of the loop turn; leave the rest to a task if that fails."""

@@ -157,7 +157,10 @@ class EventPublisher:
                 None,
                 key,
             )
+            if key is not None or correlation_id is not None:
+                out.plain = False
         else:
+            out.plain = False
             event = Event(
                 out.member,
                 payload,
@@ -424,8 +427,10 @@ class EventPublisher:
             await self._outbox.keep(out, (entered,))
         elif not out.batched:
             await self._outbox.send_alone(out, entered)
-        elif self._add(out, entered, len(payload)):
-            await self._outbox.send_full(out)
+        else:
+            out.plain = False
+            if self._add(out, entered, len(payload)):
+                await self._outbox.send_full(out)
 
     def _give_up(self, event: Event, error: Exception, *, attempts: int) -> None:
         self.dead_letters.put(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mesh import codec
+from mesh import codec, columns
 from mesh.events import Event
 
 if TYPE_CHECKING:
@@ -246,8 +246,9 @@ def _sound_frames(topic: str) -> list[bytes]:
     frames.append(codec.encode_json(event, epoch=7, sequence=8))
     frames.append(b"[" + frames[1] + b"," + frames[1] + b"]")
     batcher = codec.Batcher("stranger")
-    for count in (1, 3, 8):
-        frames.append(batcher.encode(topic, 7, 8, [event] * count))
+    frames += [batcher.encode(topic, 7, 8, [event] * count) for count in (1, 3)]
+    table = columns.tabulate(topic, [event] * 8, plain=False)
+    frames.append(batcher.encode_table(table, 7, 8))
     return frames
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh import codec
+from mesh import codec, columns
 from mesh.errors import EventTooLargeError, FrameError, PayloadError
 from mesh.events import Event, EventType, event_type, payload_of
 from mesh.payloads import payload_encoder
@@ -60,6 +60,11 @@ def batch(*events: Event) -> bytes:
     return codec.Batcher("feed").encode(events[0].type, 7, 8, list(events))
 
 
+def table(*events: Event) -> bytes:
+    made = columns.tabulate(events[0].type, events, plain=False)
+    return codec.Batcher("feed").encode_table(made, 7, 8)
+
+
 def header(version: int, count: int) -> bytes:
     numbers = (7).to_bytes(8, "big") + (8).to_bytes(8, "big")
     return bytes((0xC1, version, 4)) + b"feed" + numbers + count.to_bytes(2, "big")
@@ -84,7 +89,7 @@ def test_the_golden_table_decodes_for_ever() -> None:
     events = six_events()
     golden = header(2, 6) + GOLDEN_TABLE
 
-    assert batch(*events) == golden
+    assert table(*events) == golden
     decoded = codec.decode_frame(TOPIC, golden)
     assert decoded.events == events
     assert decoded.events[0].type is TOPIC
@@ -159,14 +164,27 @@ def test_a_table_keeps_every_attribute_of_every_event(name: str, mixed: bool) ->
         for n, event in enumerate(six_events())
     ]
 
-    assert codec.decode_frame(TOPIC, batch(*events)).events == events
+    assert codec.decode_frame(TOPIC, table(*events)).events == events
+
+
+@pytest.mark.parametrize("count", [1, 11, 12, 63, 64, 200])
+@pytest.mark.parametrize("plain", [True, False])
+def test_however_many_travel_together_they_arrive_as_they_were(count: int, plain: bool) -> None:
+    events = [
+        Event(TOPIC, {"p": n}, "feed", WHEN + timedelta(seconds=n), f"e-{n}", f"e-{n}")
+        for n in range(count)
+    ]
+
+    frame = codec.Batcher("feed").encode(TOPIC, 7, 8, events, plain=plain)
+
+    assert codec.decode_frame(TOPIC, frame).events == events
 
 
 def test_a_table_with_schema_comes_as_what_the_handlers_ask_for() -> None:
     encode = payload_encoder(TICK)
     events = [Event(TICK, encode(Tick("BTC", n)), "feed", WHEN, "c", f"e-{n}") for n in range(6)]
 
-    decoded = codec.decode_frame(TICK, batch(*events), Tick).events
+    decoded = codec.decode_frame(TICK, table(*events), Tick).events
 
     assert [payload_of(event) for event in decoded] == [Tick("BTC", n) for n in range(6)]
     assert decoded == events
@@ -182,7 +200,7 @@ def test_one_broken_event_of_a_table_does_not_take_its_neighbours_along(
         Event(TICK, as_sent(data), "feed", WHEN, "c", f"e-{n}") for n, data in enumerate(datas)
     ]
 
-    decoded = codec.decode_frame(TICK, batch(*events), schema)
+    decoded = codec.decode_frame(TICK, table(*events), schema)
 
     assert [event.id for event in decoded.events] == ["e-0", "e-3", "e-4", "e-5"]
     assert decoded.rejected is not None
@@ -194,7 +212,7 @@ def test_a_table_with_a_key_that_is_no_text_loses_only_that_event() -> None:
     events = six_events()
     events[2] = msgspec.structs.replace(events[2], key=5)
 
-    decoded = codec.decode_frame(TOPIC, batch(*events))
+    decoded = codec.decode_frame(TOPIC, table(*events))
 
     assert [event.id for event in decoded.events] == ["e-0", "e-1", "e-3", "e-4", "e-5"]
     assert decoded.rejected is not None
@@ -204,7 +222,7 @@ def test_a_table_with_a_key_that_is_no_text_loses_only_that_event() -> None:
 @pytest.mark.parametrize("name", [b"id", b"data", b"source", b"time", b"partitionkey", b"type"])
 def test_whatever_a_table_lacks_every_event_is_accounted_for(name: bytes) -> None:
     """As the ledger counts them: each number is an event, or put aside."""
-    frame = batch(*six_events()).replace(name, b"?" * len(name))
+    frame = table(*six_events()).replace(name, b"?" * len(name))
 
     try:
         decoded = codec.decode_frame(TOPIC, frame)
@@ -227,14 +245,14 @@ def test_a_table_cannot_make_much_of_little() -> None:
 
 @pytest.mark.parametrize("count", [5, 7])
 def test_a_table_of_another_length_than_it_says_is_refused(count: int) -> None:
-    frame = batch(*six_events())
+    frame = table(*six_events())
 
     with pytest.raises(FrameError, match=f"header says {count}"):
         codec.decode_frame(TOPIC, header(2, count) + frame[len(header(2, 6)) :])
 
 
 def test_a_table_under_another_topic_is_refused_event_by_event() -> None:
-    decoded = codec.decode_frame("other.topic", batch(*six_events()))
+    decoded = codec.decode_frame("other.topic", table(*six_events()))
 
     assert decoded.events == []
     assert decoded.rejected is not None
@@ -288,7 +306,7 @@ def test_random_bytes_never_raise_anything_else(frame: bytes) -> None:
 def test_mutated_frames_never_raise_anything_else(
     at: int, byte: int, cut: bool, count: int
 ) -> None:
-    frame = bytearray(batch(*[EVENT] * count))
+    frame = bytearray((batch if count == 3 else table)(*[EVENT] * count))
     frame[at % len(frame)] = byte
     try:
         decoded = codec.decode_frame(TOPIC, bytes(frame[: at % len(frame)] if cut else frame))

@@ -21,6 +21,7 @@ from mesh import (
     PublisherConfig,
     event_type,
 )
+from mesh.causality import current_event
 from mesh.codec import MAX_BATCH_BYTES, MAX_BATCH_EVENTS, decode_frame
 from mesh.ledger import Ledger
 from mesh.ledger_views import view_of
@@ -245,6 +246,31 @@ async def test_a_complete_event_can_be_published_again(fabric: Fabric) -> None:
     assert again == event
     with pytest.raises(PayloadError):
         await publisher.publish_event(Event(READING, {"value": "high"}, "somebody"))
+    await publisher.close()
+
+
+async def test_what_one_event_of_a_batch_has_and_others_have_not_arrives(fabric: Fabric) -> None:
+    publisher = publisher_on(fabric)
+    cause = Event("a.cause", {}, "somebody", correlation_id="c-1", id="e-1", hops=3)
+
+    async def say(odd: dict[str, Any], *, caused: bool) -> list[Event]:
+        said = [await publisher.publish("a.a", {"value": n}) for n in range(100)]
+        current_event.set(cause if caused else None)
+        said.append(await publisher.publish("a.a", {"value": 100}, **odd))
+        current_event.set(None)
+        said += [await publisher.publish("a.a", {"value": n}) for n in range(101, 200)]
+        await publisher.flush()
+        return said
+
+    said = await say({}, caused=True)
+    for odd in ({}, {"key": "k"}, {"correlation_id": "mine"}):
+        said += await say(odd, caused=False)
+    await publisher.publish_event(cause := msgspec.structs.replace(cause, type="a.a"))
+    await publisher.flush()
+
+    heard = [event for frame in fabric.frames for event in decode_frame(*frame).events]
+    assert heard == [*said, cause]
+    assert (said[100].causation_id, said[100].hops) == ("e-1", 4)
     await publisher.close()
 
 
