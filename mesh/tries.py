@@ -178,9 +178,18 @@ class Tries:
             return TimeoutError(
                 f"{handler.id} ran longer than {self.limit_s(slot):g} s and was cancelled"
             )
-        if isinstance(error, GeneratorExit) or task is None or task.cancelling():
+        if task is None or task.cancelling():
             raise error
+        if isinstance(error, GeneratorExit) and not _is_running(task):
+            raise error  # the slot is being closed; otherwise the handler has raised it
         return error
+
+
+def _is_running(task: asyncio.Task[None]) -> bool:
+    try:
+        return asyncio.current_task() is task
+    except RuntimeError:
+        return False
 
 
 def _as_it_came(event: Event, arrival: Arrival, context: HandlerContext | None) -> Event:

@@ -198,6 +198,35 @@ async def test_a_handler_over_its_limit_is_cancelled_and_the_next_event_is_handl
     await broker.close()
 
 
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()]
+)
+async def test_whatever_a_handler_raises_the_next_event_is_handled(error: BaseException) -> None:
+    broker, registry = InMemoryMessageBroker(), EventHandlerRegistry()
+    done: list[int] = []
+
+    async def rude(event: Event) -> None:
+        if event.data["n"] == 1:
+            raise error
+        done.append(event.data["n"])
+
+    consumer = EventConsumer(
+        ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry)
+    )
+    await registry.register("t.x", rude, "ear", "rude", max_retries=0)
+    await consumer.start()
+    publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
+
+    await say(publisher, 1, 2)
+    await eventually(lambda: done == [2])
+
+    (letter,) = consumer.dead_letters.newest
+    assert type(error).__name__ in letter.error
+    await consumer.stop()
+    await publisher.close()
+    await broker.close()
+
+
 async def test_a_handler_that_cancels_its_own_task_is_told_and_seen_by_the_watch(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
