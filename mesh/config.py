@@ -358,9 +358,10 @@ def _unknown(source: Mapping[str, str]) -> list[str]:
     for name in sorted(source):
         if not name.startswith(_OURS) or name in known or name.startswith(_ELSEWHERE):
             continue
-        close = difflib.get_close_matches(name, known, 1)
+        close = difflib.get_close_matches(name, known, 1, cutoff=0.75)
         hint = f"; did you mean {close[0]}?" if close else ""
-        problems.append(f"{name}={source[name]}: no such setting{hint}")
+        # Without its value: a misspelt name may be that of a password
+        problems.append(f"{name}: no such setting{hint}")
     return problems
 
 
@@ -400,7 +401,12 @@ def _masked(name: str, value: Any) -> Any:
 def _shown(name: str, value: Any) -> Any:
     if name == "redis_url":
         return _url_without_secret(str(value))
-    return MASK if name in _SECRETS else value
+    if name in _SECRETS:
+        return MASK
+    if isinstance(value, str) and "@" in value:
+        # Somebody may have taken it for a URL
+        return f"{MASK}@{value.rpartition('@')[2]}"
+    return value
 
 
 def _url_without_secret(url: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 import struct
 from pathlib import Path
@@ -28,6 +29,7 @@ _LONGEST_SOCKET = "supervisor.sock.99999999"
 # ask for the holder without taking the lock for a moment and disturbing somebody who starts
 _FLOCK = "hhqqi4x"
 _WHOLE_FILE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+_JOURNAL = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _FOLDERS = ("run", "log", "stacks", "ledger", "agents", "conf", "journal")
 
 
@@ -110,8 +112,18 @@ class RunDir:
         return self.path / "run" / f"{name}.lock"
 
     def journal(self, name: str | None = None) -> Path:
-        """Give the file in which durable events and dead letters are kept; default MESH_JOURNAL."""
-        return self.path / "journal" / f"{name or journal_name()}.sqlite"
+        """
+        Give the file in which durable events and dead letters are kept; default MESH_JOURNAL.
+
+        Raises:
+            RunDirError: That is no name of a file in the directory.
+        """
+        chosen = name or journal_name()
+        if _JOURNAL.fullmatch(chosen) is None:
+            raise RunDirError(
+                f"MESH_JOURNAL={chosen}: must be 1 to 64 characters of A-Z a-z 0-9 _ -"
+            )
+        return self.path / "journal" / f"{chosen}.sqlite"
 
     def replayed(self, group: str, name: str | None = None) -> Path:
         """Give the file that is there once dead letters of a group were replayed."""
@@ -171,7 +183,7 @@ class RunDir:
         """Give the pid of the process that holds a lock; None when nobody does."""
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _WHOLE_FILE)

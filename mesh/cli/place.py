@@ -12,7 +12,7 @@ import click
 from mesh.cli.exits import NoMeshError
 from mesh.config import MessageBusConfig
 from mesh.env import environment
-from mesh.errors import ConfigurationError
+from mesh.errors import ConfigurationError, RunDirError
 from mesh.rundir import RunDir
 from mesh.supervision.conf import has_own_redis
 from mesh.supervision.redis_server import settings_for
@@ -41,6 +41,9 @@ class Place:
         Args:
             directory: The run directory; default MESH_DIR, else `.mesh` in the project.
             fallback: The project where there is none around.
+
+        Raises:
+            RunDirError: The run directory is a file.
         """
         here = Path.cwd()
         around = next((each for each in (here, *here.parents) if (each / CONF).is_file()), None)
@@ -48,7 +51,10 @@ class Place:
             around = fallback
         project = around or here
         chosen = directory or environment().get("MESH_DIR") or project / ".mesh"
-        return cls(project, RunDir(chosen))
+        rundir = RunDir(chosen)
+        if rundir.path.exists() and not rundir.path.is_dir():
+            raise RunDirError(f"MESH_DIR={rundir.path}: is no directory")
+        return cls(project, rundir)
 
 
 def directory_option(command: _Command) -> _Command:

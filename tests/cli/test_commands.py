@@ -184,6 +184,31 @@ def test_new_gives_a_script_that_was_written_by_hand_its_place(project: Path) ->
     assert "is no program" not in call("doctor").output
 
 
+@pytest.mark.parametrize(
+    "command", ["status", "doctor", "tail", "publish a.b {}", "dlq ls", "logs", "journal ls", "up"]
+)
+def test_a_run_directory_that_is_a_file_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("MESH_DIR", str(project / "supervisord.conf"))
+
+    refused = call(*command.split())
+
+    assert refused.exit_code == 78
+    assert "supervisord.conf: is no directory" in refused.output
+
+
+def test_a_journal_stays_in_the_run_directory(
+    project: Path, own_mesh_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESH_JOURNAL", "../mine")
+
+    refused = call("dlq", "ls")
+
+    assert refused.exit_code == 78
+    assert "MESH_JOURNAL=../mine: must be 1 to 64 characters" in refused.output
+
+
 def test_new_without_a_project_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 

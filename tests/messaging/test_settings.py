@@ -116,7 +116,7 @@ def test_all_refusals_come_at_once_with_variable_value_and_what_is_allowed() -> 
         )
 
     assert sorted(refused.value.problems) == [
-        "LEGION_BROKER_TYP=zmq: no such setting; did you mean LEGION_BROKER_TYPE?",
+        "LEGION_BROKER_TYP: no such setting; did you mean LEGION_BROKER_TYPE?",
         "LEGION_BROKER_TYPE=carrier-pigeon: must be one of memory, zmq, redis",
         "LEGION_CONSUMER_BUFFER_SIZE=many: must be a whole number",
         "LEGION_CONSUMER_MAX_RETRIES=-1: must be 0 to 1000",
@@ -126,6 +126,20 @@ def test_all_refusals_come_at_once_with_variable_value_and_what_is_allowed() -> 
         "REDIS_PORT=65536: must be 1 to 65535",
     ]
     assert str(refused.value).splitlines() == refused.value.problems
+
+
+@pytest.mark.parametrize(
+    "variable", ["LEGION_REDIS_PASSWORD", "LEGION_PASSWORD", "REDIS_HOST", "LEGION_REDIS_SENTINELS"]
+)
+def test_a_password_in_the_wrong_place_is_not_shown(variable: str) -> None:
+    """Under a misspelt name, or as part of what should have been no URL."""
+    environ = {variable: "redis://ann:hunter2@host:70000", "LEGION_BROKER_TYPE": "?"}
+
+    with pytest.raises(ConfigurationError) as refused:
+        MessageBusConfig.from_env(environ)
+
+    assert "hunter2" not in str(refused.value)
+    assert "ann" not in str(refused.value)
 
 
 def test_settings_that_cannot_hold_together_are_named_like_the_others() -> None:
