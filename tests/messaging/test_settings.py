@@ -133,12 +133,12 @@ def test_all_refusals_come_at_once_with_variable_value_and_what_is_allowed() -> 
 )
 def test_a_password_in_the_wrong_place_is_not_shown(variable: str) -> None:
     """Under a misspelt name, or as part of what should have been no URL."""
-    environ = {variable: "redis://ann:hunter2@host:70000", "LEGION_BROKER_TYPE": "?"}
+    environ = {variable: f"redis://ann:{SECRET}@host:70000", "LEGION_BROKER_TYPE": "?"}
 
     with pytest.raises(ConfigurationError) as refused:
         MessageBusConfig.from_env(environ)
 
-    assert "hunter2" not in str(refused.value)
+    assert SECRET not in str(refused.value)
     assert "ann" not in str(refused.value)
 
 
