@@ -68,8 +68,7 @@ class Cluster:
     async def _agrees(self, server: RedisServer) -> bool:
         info = await command(server.url, "CLUSTER", "INFO")
         slots = await command(server.url, "CLUSTER", "SLOTS")
-        state = info if isinstance(info, str) else str(info)
-        return "ok" in state and len(slots) == 3
+        return b"cluster_state:ok" in info and len(slots) == 3
 
     async def identity(self, number: int) -> str:
         said = await command(self.servers[number].url, "CLUSTER", "MYID")
