@@ -70,7 +70,7 @@ _find_python() {
     echo "$PYTHON"
     return
   fi
-  for candidate in python3 python3.13 python3.12 python3.11 python; do
+  for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do
     if command -v "$candidate" >/dev/null && _is_supported "$candidate"; then
       echo "$candidate"
       return

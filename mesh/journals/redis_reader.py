@@ -49,17 +49,18 @@ class Reader:
                 return []
             await self._fill(me, limit)
             picks = me.pick(limit)
-            # On one server the marking looks at the group as well, when there is something to mark
-            if not picks or self._keys.cluster:
-                me.stale |= await self._members.has_changed(me)
-            if me.stale:
-                continue
-            if not picks:
-                return []
             try:
+                # On one server the marking looks at the group too, when there is something to mark
+                if not picks or self._keys.cluster:
+                    me.stale |= await self._members.has_changed(me)
+                if me.stale:
+                    continue
+                if not picks:
+                    return []
                 handed = await self._mark(me, picks)
             except BaseException:
-                # Redis may have noted it; it will be noted the same way again
+                # What was picked is not ready any more. Redis may have noted it; it will be noted
+                # the same way again
                 me.begin_anew()
                 raise
             if handed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ import redis
 from mesh.errors import BackpressureError, BrokerUnavailableError
 from mesh.journal import PARTITIONS, Record, Step
 from mesh.journals.redis import RedisJournal
+from mesh.journals.redis_keys import Keys
 from tests.plumbing.journals import KEYS, drain, ids, numbered, records, settle
 from tests.plumbing.processes import eventually
 from tests.plumbing.redis_cluster import Cluster
@@ -265,6 +267,45 @@ async def test_a_node_that_is_killed_comes_back_with_all_it_accepted(
 
     assert len(kept) == len(set(kept))
     assert set(accepted) <= set(kept)
+
+
+async def test_what_was_fetched_is_not_passed_over_when_the_groups_node_goes_away(
+    cluster: Cluster,
+) -> None:
+    """The streams are elsewhere and answer; it is the group that cannot be asked any more."""
+    from redis.crc import key_slot
+
+    keys = Keys("default", cluster=True)
+    group = next(
+        name
+        for name in (f"risk-{number}" for number in range(1000))
+        if key_slot(keys.numbers(name)) * 3 // 16384 == 2
+    )
+    partition = next(
+        each
+        for each in range(PARTITIONS)
+        if key_slot(keys.stream("order", each)) * 3 // 16384 == 0
+    )
+    async with member(cluster, retry_s=0.2) as journal:
+        await journal.declare(group, ["order"])
+        sent = [Record("order", f"e{number}", b"", KEYS[partition]) for number in range(20)]
+        await journal.append(sent)
+        first = await journal.read(group, "a", limit=1)
+        await settle(journal, group, "a", first)
+        await asyncio.to_thread(cluster.servers[2].kill)
+        with pytest.raises(BrokerUnavailableError):
+            await journal.read(group, "a", limit=5)
+        await asyncio.to_thread(cluster.servers[2].start)
+
+        async def can_be_read() -> bool:
+            with contextlib.suppress(BrokerUnavailableError):
+                first.extend(await journal.read(group, "a", limit=5))
+            return len(first) > 1
+
+        await eventually(can_be_read)
+        rest = await journal.read(group, "a")
+
+    assert ids([*first, *rest]) == [record.id for record in sent]
 
 
 async def test_a_slot_that_moves_is_followed(cluster: Cluster) -> None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from mesh import launch
+from mesh import codec, launch
 from mesh.card import read_cards
 from mesh.config import MessageBusConfig
 from mesh.factory import make_broker
 from mesh.rundir import RunDir
+from tests.outages.words import ORDER
 from tests.plumbing.processes import end_forwarder, eventually, is_alive
 
 if TYPE_CHECKING:
@@ -168,10 +169,16 @@ class Pair:
 
             await eventually(is_all_settled, what="all is settled")
             state = await journal.load_state("counter")
+            there = {
+                codec.decode_frame(each.topic, each.frame).events[0].data["n"]
+                for each in await journal.scan([ORDER], limit=100_000)
+            }
         counted = {int(name): msgspec.msgpack.decode(raw) for name, raw in state.items()}
         kept, refused = self.kept(), {each.number for each in self.refused()}
         lost = set(kept) - counted.keys() - self._losable()
         assert not lost, f"lost {sorted(lost)}"
+        passed_over = there - counted.keys()
+        assert not passed_over, f"kept, and never handled: {sorted(passed_over)}"
         repeated = {number for number, count in counted.items() if count != 1}
         if self.config.redis_cluster and self.safe is not None:
             # State lies on another node than what was settled, and has not forgotten it

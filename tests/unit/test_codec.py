@@ -106,7 +106,6 @@ def test_the_golden_table_decodes_for_ever() -> None:
         (b"{", "undecodable"),
         (b'{"specversion":"9.9","type":"x","data":{},"source":"s"}', "unknown_version"),
         (b'{"specversion":"1.0","type":"x"}', "invalid"),
-        (b'{"a":' + b"[" * 200_000, "too_deep"),
         (b"{" + b" " * codec.MAX_FRAME_BYTES, "too_large"),
     ],
 )
@@ -115,6 +114,18 @@ def test_what_is_no_frame_is_refused_with_a_reason(frame: bytes, reason: str) ->
         codec.decode_frame(TOPIC, frame)
 
     assert caught.value.reason == reason
+
+
+def test_an_event_of_depth_sixty_thousand_is_too_deep() -> None:
+    """Some Pythons give up while they decode it, others (3.14) have room for all of it."""
+    data = b'{"a":' + b"[" * 60_000 + b"]" * 60_000 + b"}"
+    whole = msgspec.json.encode(msgspec.structs.replace(EVENT, data=msgspec.Raw(data)))
+    try:
+        reasons = [reason for reason, _, _ in codec.decode_frame(TOPIC, whole).rejected or ()]
+    except FrameError as error:
+        reasons = [error.reason]
+
+    assert reasons == ["too_deep"]
 
 
 def as_sent(data: object) -> Any:
