@@ -27,18 +27,12 @@ SILENT_S = 3.0
 _BACK_OFF = RetryPolicy(first_delay_s=0.05, max_delay_s=1.0, jitter=0.5)
 #: What is on its way out at the end may take so long.
 _CLOSE_S = 1.0
-_CANCEL_AGAIN_S = 0.1
 
 
 async def end(task: asyncio.Task[None]) -> None:
-    """
-    Cancel a task until it has ended.
-
-    Once is not always enough: while sentinels were asked by redis-py, a cancellation has got lost.
-    """
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=_CANCEL_AGAIN_S)
+    """Cancel a task, and wait until it has ended."""
+    task.cancel()
+    await asyncio.wait({task})
 
 
 class KeptConnection:

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mesh.errors import AccessDeniedError, BrokerUnavailableError
-from mesh.redis_link.access import Address, open_connection
+from mesh.redis_link.access import Address, open_connection, unavailable
 from mesh.redis_link.kept import end
 from mesh.redis_link.node import MovedError, Node
 from mesh.redis_link.resp import ReplyError
@@ -15,9 +15,9 @@ from mesh.redis_link.resp import ReplyError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
+    from mesh.redis_link.access import Access
     from mesh.redis_link.node import Terms
 
-_SENTINEL_S = 1.0
 #: A cluster's layout is asked for at most so often.
 _REFRESH_EVERY_S = 0.2
 
@@ -106,9 +106,7 @@ def always(address: Address) -> Callable[[], Awaitable[Address]]:
 
 
 def by_sentinel(
-    sentinels: Sequence[tuple[str, int]],
-    service: str,
-    options: dict[str, Any],
+    sentinels: Sequence[tuple[str, int]], service: str, access: Access
 ) -> Callable[[], Awaitable[Address]]:
     """
     Find the master that Sentinel names.
@@ -116,30 +114,42 @@ def by_sentinel(
     Args:
         sentinels: Where they are.
         service: The name under which they watch it.
-        options: What redis-py is to know of them: password, TLS files.
+        access: How the sentinels let us in.
     """
+    order = [Address(host, port) for host, port in sentinels]
 
     async def find() -> Address:
-        # Half a second to load, in a thread: only who uses Sentinel pays for it
-        await asyncio.to_thread(_load)
-        from redis.asyncio.sentinel import Sentinel
-        from redis.exceptions import RedisError
-
-        known = {"socket_timeout": _SENTINEL_S, **options}
-        sentinel = Sentinel(list(sentinels), sentinel_kwargs=known)  # type: ignore[no-untyped-call]
-        try:
-            host, port = await sentinel.discover_master(service)
-        except (RedisError, OSError) as error:
-            named = ", ".join(f"{host}:{port}" for host, port in sentinels)
-            raise BrokerUnavailableError(
-                f"the sentinels at {named} name no master for {service!r}: {error}"
-            ) from None
-        finally:
-            for each in sentinel.sentinels:
-                await each.aclose()
-        return Address(host, port)
+        answers = []
+        for sentinel in list(order):
+            try:
+                master = await _ask_sentinel(sentinel, service, access)
+            except BrokerUnavailableError as error:
+                answers.append(str(error))
+                continue
+            if master is not None:
+                # The others may be gone, and each that does not answer costs time
+                order.remove(sentinel)
+                order.insert(0, sentinel)
+                return master
+            answers.append(f"{sentinel} knows no such name")
+        named = ", ".join(f"{host}:{port}" for host, port in sentinels)
+        raise BrokerUnavailableError(
+            f"the sentinels at {named} name no master for {service!r}: {'; '.join(answers)}"
+        )
 
     return find
+
+
+async def _ask_sentinel(sentinel: Address, service: str, access: Access) -> Address | None:
+    connection = await open_connection(sentinel, access)
+    try:
+        async with asyncio.timeout(access.timeout_s):
+            found = await connection.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+    except (ReplyError, OSError, TimeoutError) as error:
+        raise unavailable(sentinel, error, access) from None
+    finally:
+        connection.abort()
+    return None if found is None else Address(found[0].decode(), int(found[1]))
 
 
 class ClusterNodes:
@@ -379,5 +389,4 @@ def _slot(channel: bytes) -> int:
 
 def _load() -> None:
     """Load redis-py, which takes its time."""
-    import redis.asyncio.sentinel
     import redis.crc  # noqa: F401

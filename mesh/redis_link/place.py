@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mesh.redis_link.node import Terms
     from mesh.redis_link.nodes import Nodes
 
+#: How long one of several sentinels is waited for.
+_SENTINEL_S = 1.0
 _MESH = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 
 
@@ -102,9 +104,13 @@ def place_of(
     )
     find = always(address)
     if sentinels:
-        files = {"ssl_ca_certs": tls_ca, "ssl_certfile": tls_cert, "ssl_keyfile": tls_key}
-        options = {"ssl": True, **files} if tls else {}
-        find = by_sentinel(sentinels, sentinel_service, {"password": sentinel_password, **options})
+        to_sentinels = Access(
+            password=sentinel_password,
+            tls=access.tls,
+            client_name=client_name,
+            timeout_s=_SENTINEL_S,
+        )
+        find = by_sentinel(sentinels, sentinel_service, to_sentinels)
     return Place(address, access, cluster, find, bool(sentinels))
 
 
