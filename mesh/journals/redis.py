@@ -288,7 +288,7 @@ class RedisJournal(LocalJournal):
 
     def _came_back(self) -> None:
         for consumer in self._consumers.values():
-            consumer.in_doubt = True
+            consumer.returns += 1
         self._bells.ring()
 
     def _woken(self, channel: bytes) -> None:

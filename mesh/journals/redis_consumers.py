@@ -113,8 +113,11 @@ class Consumer:
         self.topics: frozenset[str] = frozenset()
         #: It must look anew at what it owns before the next read.
         self.stale = True
-        #: Redis was away, and may have come back older.
-        self.in_doubt = False
+        #: How often Redis was away and came back, perhaps older, and how often of that it was
+        #: compared with what is known here.
+        self.returns = self.compared = 0
+        #: One comparison at a time.
+        self.comparing = asyncio.Lock()
         #: How often it had.
         self.losses = 0
         self.lanes: dict[tuple[str, int], Lane] = {}
@@ -143,6 +146,11 @@ class Consumer:
         self.noted = 0
 
     # -- owning --------------------------------------------------------------------------------
+
+    @property
+    def in_doubt(self) -> bool:
+        """Say whether Redis may have come back older, and nobody has looked since."""
+        return self.returns != self.compared
 
     @property
     def tenure(self) -> str:

@@ -209,21 +209,29 @@ class Members:
 
         Also of what it knows still: what is in hand was made with a state that is not kept.
         """
-        by_key = {lane.key: lane for lane in me.lanes.values()}
-        parts = self._keys.parts(by_key)
+        async with me.comparing:
+            while me.in_doubt:
+                returns = me.returns
+                await self._compare(me)
+                me.compared = returns
+
+    async def _compare(self, me: Consumer) -> None:
+        # As it is now: steps go on while Redis is asked, and what it knows only grows
+        known = {lane.key: (lane.topic, lane.spot, lane.settled_to) for lane in me.lanes.values()}
+        noted = me.noted
+        parts = self._keys.parts(known)
         replies = await asyncio.gather(
             *(self._store.run(HANDED, part, {"group": me.group}) for part in parts)
         )
-        me.in_doubt = False
-        older = {
-            by_key[key].topic
-            for part, found in zip(parts, replies, strict=True)
-            for key, (handed, settled) in zip(part, found, strict=True)
-            if spot_of(handed) < by_key[key].spot
-            # What is decided, on a cluster, the streams may not know yet
-            or (spot_of(settled) < by_key[key].settled_to and not me.decided)
-        }
-        if await self._has_older_state(me):
+        older = set()
+        for part, found in zip(parts, replies, strict=True):
+            for key, (handed, settled) in zip(part, found, strict=True):
+                topic, spot, settled_to = known[key]
+                # What is decided, on a cluster, the streams may not know yet
+                is_undone = spot_of(settled) < settled_to and not me.decided
+                if spot_of(handed) < spot or is_undone:
+                    older.add(topic)
+        if await self._has_older_state(me, noted):
             older.add("(its state)")
         if older:
             log.error(
@@ -235,13 +243,13 @@ class Members:
             me.losses += 1
             me.stale = True
 
-    async def _has_older_state(self, me: Consumer) -> bool:
-        if not me.noted:
+    async def _has_older_state(self, me: Consumer, noted: int) -> bool:
+        if not noted:
             return False
         steps = self._keys.steps(me.group)
         found = await self._store.call(steps, "HGET", steps, me.name)
         incarnation, _, number = (found or b" 0").decode().partition(" ")
-        return incarnation in {"", me.incarnation} and int(number) < me.noted
+        return incarnation in {"", me.incarnation} and int(number) < noted
 
     async def renew(self, me: Consumer) -> None:
         """Prolong a lease."""

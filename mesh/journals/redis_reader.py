@@ -51,8 +51,9 @@ class Reader:
             picks = me.pick(limit)
             try:
                 # On one server the marking looks at the group too, when there is something to mark
-                if not picks or self._keys.cluster:
-                    me.stale |= await self._members.has_changed(me)
+                ask = not picks or self._keys.cluster
+                if ask and await self._members.has_changed(me):
+                    me.stale = True
                 if me.stale:
                     continue
                 if not picks:

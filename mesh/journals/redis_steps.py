@@ -60,6 +60,7 @@ class Settlement:
         self.letters: list[DeadLetter] = []
         self.state: dict[str, bytes | None] = {}
         self._number = 0
+        self._returns = 0 if me is None else me.returns
         self._settled: list[tuple[Name, int]] = []
         #: What streams knew of them.
         self._known: list[tuple[dict[str, tuple[Spot, int]], str, tuple[Spot, int]]] = []
@@ -117,6 +118,10 @@ class Settlement:
             return {}
         self._number = self.me.number = self.me.number + 1
         return {"number": self.me.number, "incarnation": self.me.incarnation}
+
+    def is_outdated(self) -> bool:
+        """Say whether Redis was away since: it may have come back older, and know nothing of it."""
+        return self.me is not None and self.me.returns != self._returns
 
     def note_number(self) -> None:
         """Remember that the change of the state is kept."""

@@ -145,7 +145,7 @@ class Writer:
         """Apply steps; gives the numbers of the refused."""
         refused: set[int] = set()
         while True:
-            if me is not None and me.in_doubt:
+            if me is not None:
                 await self._compare(me)
             settlement = Settlement(me)
             for number, step in enumerate(steps):
@@ -177,7 +177,7 @@ class Writer:
         self._plan_records(changes, settlement.records)
         self._plan_letters(changes, settlement.letters)
         self._plan_state(changes, group, settlement)
-        lost = _lost(changes, await self._run(changes, settlement.me), settlement.lanes)
+        lost = _lost(changes, await self._run(changes, settlement), settlement.lanes)
         if not lost:
             settlement.note_number()
         return lost
@@ -250,7 +250,7 @@ class Writer:
             decided.append((str(lanes[0].partition), lanes[0].token, decision))
         changes.plan["decided"] = decided
         status, gone = await self._store.run(
-            DECIDE, changes.keys, changes.plan, changes.blobs, is_renewed=lambda: me.in_doubt
+            DECIDE, changes.keys, changes.plan, changes.blobs, is_renewed=settlement.is_outdated
         )
         if status:
             lost = {int(partition) for partition in gone}
@@ -277,7 +277,7 @@ class Writer:
         self, group: str, settlement: Settlement, *, fences_only: bool = False
     ) -> list[Lane]:
         parts = self._plan_parts(group, settlement, fences_only=fences_only)
-        replies = await asyncio.gather(*(self._run(changes, settlement.me) for _, changes in parts))
+        replies = await asyncio.gather(*(self._run(changes, settlement) for _, changes in parts))
         lost: list[Lane] = []
         for (_, changes), reply in zip(parts, replies, strict=True):
             lost += _lost(changes, reply, settlement.lanes)
@@ -310,11 +310,11 @@ class Writer:
 
     # -- plans ---------------------------------------------------------------------------------
 
-    async def _run(self, changes: _Changes, me: Consumer | None = None) -> Any:
+    async def _run(self, changes: _Changes, settlement: Settlement | None = None) -> Any:
         if not changes.keys:
             return [0, []]
         script = SETTLE if "fences" in changes.plan else COMMIT
-        is_renewed = None if me is None else lambda: me.in_doubt
+        is_renewed = None if settlement is None else settlement.is_outdated
         return await self._store.run(
             script, changes.keys, changes.plan, changes.blobs, is_renewed=is_renewed
         )

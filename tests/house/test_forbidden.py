@@ -1,4 +1,7 @@
-"""What must not stand in mesh/ and agents/: ways for bytes from outside to become code."""
+"""
+What must not stand in mesh/ and agents/: ways for bytes from outside to become code, and a sum that
+forgets what happens while it waits.
+"""
 
 from __future__ import annotations
 
@@ -35,5 +38,19 @@ def test_nothing_turns_input_into_code(file: Path) -> None:
                 wrong.append(f"line {node.lineno}: {ast.unparse(node.func)}")
             if any(word.arg == "shell" for word in node.keywords):
                 wrong.append(f"line {node.lineno}: shell=")
+
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_nothing_shared_is_added_to_across_an_await(file: Path) -> None:
+    """`me.stale |= await ...` reads first, then waits, then writes: others' changes are lost."""
+    wrong = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.AugAssign)
+        and not isinstance(node.target, ast.Name)
+        and any(isinstance(each, ast.Await) for each in ast.walk(node.value))
+    ]
 
     assert not wrong, "\n" + "\n".join(wrong)

@@ -282,9 +282,7 @@ async def test_what_was_fetched_is_not_passed_over_when_the_groups_node_goes_awa
         if key_slot(keys.numbers(name)) * 3 // 16384 == 2
     )
     partition = next(
-        each
-        for each in range(PARTITIONS)
-        if key_slot(keys.stream("order", each)) * 3 // 16384 == 0
+        each for each in range(PARTITIONS) if key_slot(keys.stream("order", each)) * 3 // 16384 == 0
     )
     async with member(cluster, retry_s=0.2) as journal:
         await journal.declare(group, ["order"])

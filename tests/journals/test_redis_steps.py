@@ -10,6 +10,8 @@ import pytest
 
 from mesh.errors import BrokerUnavailableError
 from mesh.journal import PARTITIONS, Delivery, Record, Step
+from mesh.journals.redis_consumers import Consumer
+from mesh.journals.redis_steps import Settlement
 from tests.plumbing.journals import KEYS, RedisFabric, drain, ids, numbered
 
 if TYPE_CHECKING:
@@ -244,3 +246,38 @@ async def test_a_redis_that_came_back_with_an_older_state_is_noticed(
     again = await journal.read("risk", "risk", limit=2)
     assert ids(again)[0] == ids(held)[0]
     assert again[0].tenure != held[0].tenure
+
+
+async def test_what_is_found_out_while_the_group_is_asked_is_not_forgotten(
+    any_redis: RedisFabric,
+) -> None:
+    """A commit finds that Redis came back older, in the middle of a read."""
+    journal = await opened(any_redis)
+    await journal.declare("risk", ["order"])
+    assert await journal.read("risk", "a") == []
+    (me,) = journal._consumers.values()
+
+    def compare_beside_it(script: Script, arguments: Sequence[Any]) -> None:
+        if script.name == "peek" and not me.losses:
+            me.drop(list(me.lanes.values()))
+            me.losses, me.stale = 1, True
+
+    intercept(journal, compare_beside_it)
+    assert await journal.read("risk", "a") == []
+    await journal.append(numbered(3))
+
+    assert ids(await journal.read("risk", "a")) == ["e0", "e1", "e2"]
+
+
+def test_a_plan_of_before_an_outage_is_outdated_whoever_has_compared_since() -> None:
+    me = Consumer("risk", "a")
+    plan = Settlement(me)
+    assert not plan.is_outdated()
+
+    me.returns += 1
+    assert me.in_doubt
+    me.compared = me.returns
+
+    assert plan.is_outdated()
+    assert not me.in_doubt
+    assert not Settlement(me).is_outdated()
