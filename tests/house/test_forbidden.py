@@ -42,11 +42,11 @@ def test_nothing_turns_input_into_code(file: Path) -> None:
     assert not wrong, "\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_nothing_shared_is_added_to_across_an_await(file: Path) -> None:
+def test_nothing_shared_is_added_to_across_an_await() -> None:
     """`me.stale |= await ...` reads first, then waits, then writes: others' changes are lost."""
     wrong = [
-        f"line {node.lineno}: {ast.unparse(node)}"
+        f"{file.relative_to(ROOT)}, line {node.lineno}: {ast.unparse(node)}"
+        for file in FILES
         for node in ast.walk(tree_of(file))
         if isinstance(node, ast.AugAssign)
         and not isinstance(node.target, ast.Name)
