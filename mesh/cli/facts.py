@@ -177,7 +177,7 @@ def _facts(rundir: RunDir, process: ProcessInfo, view: LedgerView | None) -> Pro
         process.state in ("FATAL", "BACKOFF")
         or (process.state == "EXITED" and process.exit_status != 0)
         # Tried again after it had ended: what it said then is the best anybody knows
-        or (process.state == "STARTING" and not ready and process.stopped_at_s > 0)
+        or (process.state in ("STARTING", "RUNNING") and not ready and process.stopped_at_s > 0)
     )
     return ProgramFacts(
         name=process.name,

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from mesh.rundir import RunDir
 
 _LOOK_S = 0.1
+#: More than the first start and the `startretries` of supervisord.conf.
+_STARTS = 4
 
 
 class BootError(MeshError):
@@ -123,15 +125,28 @@ async def wait_ready(
     """
     Return when every program is READY or has failed.
 
+    supervisord gives up programs that end within `startsecs`. One that takes longer to fail, it
+    starts for ever: here that counts as failed after as many starts.
+
     Raises:
         BootError: Some are neither after `timeout_s`.
     """
     client = SupervisorClient(rundir.socket("supervisor"))
     give_up_s = time.monotonic() + timeout_s
     before: list[ProgramState] = []
+    pids: dict[str, set[int]] = {}
     while True:
         # Asking also wakes supervisord, whose own loop turns once a second
-        states = [program_state(rundir, each) for each in await client.processes()]
+        programs = await client.processes()
+        states = [program_state(rundir, each) for each in programs]
+        for at, program in enumerate(programs):
+            if states[at].verdict != "starting":
+                continue
+            if program.pid:
+                pids.setdefault(program.name, set()).add(program.pid)
+            if len(pids.get(program.name, ())) > _STARTS:
+                words = last_words(rundir, program)
+                states[at] = ProgramState(program.name, "failed", program.pid, words)
         if states != before and on_change is not None:
             on_change(states)
         before = states

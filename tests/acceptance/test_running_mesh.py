@@ -289,6 +289,8 @@ if __name__ == "__main__":
         ("def broken(:", "SyntaxError: invalid syntax"),
         ("x = 1", "no agent class"),
         (FAILING_SETUP, "RuntimeError: no setup today"),
+        # Longer than supervisord's `startsecs`: for it the program has run
+        (FAILING_SETUP.replace("raise", "await self.clock.sleep(1.5); raise"), "no setup today"),
     ],
 )
 def test_a_broken_script_is_told_and_the_others_run(project: Path, script: str, words: str) -> None:
