@@ -118,7 +118,7 @@ class Consumer:
         self.returns = self.compared = 0
         #: One comparison at a time.
         self.comparing = asyncio.Lock()
-        #: How often it had.
+        #: How often it had come back older.
         self.losses = 0
         self.lanes: dict[tuple[str, int], Lane] = {}
         #: Another's by right: nothing more is read of them, and they go when they are empty.

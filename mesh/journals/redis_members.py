@@ -218,7 +218,7 @@ class Members:
     async def _compare(self, me: Consumer) -> None:
         # As it is now: steps go on while Redis is asked, and what it knows only grows
         known = {lane.key: (lane.topic, lane.spot, lane.settled_to) for lane in me.lanes.values()}
-        noted = me.noted
+        noted, are_all_told = me.noted, not me.decided
         parts = self._keys.parts(known)
         replies = await asyncio.gather(
             *(self._store.run(HANDED, part, {"group": me.group}) for part in parts)
@@ -228,7 +228,7 @@ class Members:
             for key, (handed, settled) in zip(part, found, strict=True):
                 topic, spot, settled_to = known[key]
                 # What is decided, on a cluster, the streams may not know yet
-                is_undone = spot_of(settled) < settled_to and not me.decided
+                is_undone = spot_of(settled) < settled_to and are_all_told
                 if spot_of(handed) < spot or is_undone:
                     older.add(topic)
         if await self._has_older_state(me, noted):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mesh.rundir import RunDir
 
 _LOOK_S = 0.1
-#: More than the first start and the `startretries` of supervisord.conf.
+#: As many as supervisord gives an agent that fails at once: the first and three `startretries`.
 _STARTS = 4
 
 
@@ -142,7 +142,7 @@ async def wait_ready(
         for at, program in enumerate(programs):
             if states[at].verdict != "starting":
                 continue
-            if program.pid:
+            if program.state == "RUNNING":  # it has outlived `startsecs`
                 pids.setdefault(program.name, set()).add(program.pid)
             if len(pids.get(program.name, ())) > _STARTS:
                 words = last_words(rundir, program)
