@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,8 +30,10 @@ from mesh.testing import FakeClock
 from tests.plumbing.processes import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from mesh.deadletters import DeadLetter
     from mesh.journal import Journal
 
 
@@ -171,20 +173,22 @@ async def test_losses_are_counted_over_the_death_of_both_ends(tmp_path: Path) ->
     await broker.close()
 
 
-async def test_a_handler_over_its_limit_is_cancelled_and_the_next_event_is_handled() -> None:
-    broker = InMemoryMessageBroker()
-    registry = EventHandlerRegistry()
+async def letter_of_the_first_of_two(
+    fail: Callable[[], Awaitable[object]], **options: Any
+) -> DeadLetter:
+    """Let a handler fail at the first event, see that it handles the second, give the letter."""
+    broker, registry = InMemoryMessageBroker(), EventHandlerRegistry()
     done: list[int] = []
 
-    async def slow(event: Event) -> None:
+    async def handle(event: Event) -> None:
         if event.data["n"] == 1:
-            await asyncio.Event().wait()
+            await fail()
         done.append(event.data["n"])
 
     consumer = EventConsumer(
         ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry)
     )
-    await registry.register("t.x", slow, "ear", "slow", timeout_s=0.1)
+    await registry.register("t.x", handle, "ear", "handle", **options)
     await consumer.start()
     publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
 
@@ -192,39 +196,28 @@ async def test_a_handler_over_its_limit_is_cancelled_and_the_next_event_is_handl
     await eventually(lambda: done == [2])
 
     (letter,) = consumer.dead_letters.newest
-    assert (letter.reason, letter.handler) == ("timeout", "slow")
     await consumer.stop()
     await publisher.close()
     await broker.close()
+    return letter
+
+
+async def test_a_handler_over_its_limit_is_cancelled_and_the_next_event_is_handled() -> None:
+    letter = await letter_of_the_first_of_two(asyncio.Event().wait, timeout_s=0.1)
+
+    assert (letter.reason, letter.handler) == ("timeout", "handle")
 
 
 @pytest.mark.parametrize(
     "error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()]
 )
 async def test_whatever_a_handler_raises_the_next_event_is_handled(error: BaseException) -> None:
-    broker, registry = InMemoryMessageBroker(), EventHandlerRegistry()
-    done: list[int] = []
+    async def rude() -> None:
+        raise error
 
-    async def rude(event: Event) -> None:
-        if event.data["n"] == 1:
-            raise error
-        done.append(event.data["n"])
+    letter = await letter_of_the_first_of_two(rude, max_retries=0)
 
-    consumer = EventConsumer(
-        ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry)
-    )
-    await registry.register("t.x", rude, "ear", "rude", max_retries=0)
-    await consumer.start()
-    publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
-
-    await say(publisher, 1, 2)
-    await eventually(lambda: done == [2])
-
-    (letter,) = consumer.dead_letters.newest
     assert type(error).__name__ in letter.error
-    await consumer.stop()
-    await publisher.close()
-    await broker.close()
 
 
 async def test_a_handler_that_cancels_its_own_task_is_told_and_seen_by_the_watch(
