@@ -210,6 +210,13 @@ COMPARISONS = [
         ">= 2",
     ),
     Comparison(
+        "Redis publish_batch of 1,000 / one bare pipeline",
+        journal_redis.publish_thousand,
+        journal_redis.peer_thousand,
+        "us",
+        "<= 2",
+    ),
+    Comparison(
         "Redis backlog 1,000,000 / 1,000: start to append",
         lambda: journal_redis.first_touch(1_000_000),
         lambda: journal_redis.first_touch(1_000),

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from redis.asyncio import Redis
 
+from benchmarks.journal import thousand_at_once
 from benchmarks.processes import private_directory, program
 from benchmarks.redis_peer import serve_command, socket_of
+from mesh import RedisMessageBroker
 from mesh.journal import Record, Step
 from mesh.journals.redis import RedisJournal
 
@@ -36,6 +38,18 @@ def peer_end_to_end(count: int = 50_000) -> float:
     """XADD 100 a pipeline on one connection, XREADGROUP 500 and XACK on another; events/s."""
     with _server() as place:
         return asyncio.run(_peer_end_to_end(place, count))
+
+
+def publish_thousand(rounds: int = 30) -> float:
+    """`publish_batch` of 1,000 durable events, everything on; us."""
+    with _server() as place:
+        return asyncio.run(_publish_thousand(place, rounds))
+
+
+def peer_thousand(rounds: int = 30) -> float:
+    """The same 1,000 frames encoded already, in one bare pipeline of redis-py; us."""
+    with _server() as place:
+        return asyncio.run(_peer_thousand(place, rounds))
 
 
 def first_touch(backlog: int) -> float:
@@ -75,10 +89,7 @@ async def _peer_end_to_end(place: Path, count: int) -> float:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_peer_settle_all(into, count))
             for first in range(0, count, _BATCH):
-                pipe = out.pipeline(transaction=False)
-                for at in range(first, first + _BATCH):
-                    pipe.xadd("bench", {"id": f"e{at}", "event": _FRAME})
-                await pipe.execute()
+                await _add_all(out, range(first, first + _BATCH))
         return count / (time.perf_counter() - start)
 
 
@@ -90,6 +101,28 @@ async def _peer_settle_all(client: Redis, count: int) -> None:
         for _, entries in replied:
             await client.xack("bench", "bench", *(position for position, _ in entries))
             count -= len(entries)
+
+
+async def _publish_thousand(place: Path, rounds: int) -> float:
+    async with RedisMessageBroker(unix_socket_path=place) as broker:
+        return await thousand_at_once(broker, rounds)
+
+
+async def _peer_thousand(place: Path, rounds: int) -> float:
+    async with Redis.from_url(f"unix://{place}") as out:
+        times = []
+        for turn in range(rounds):
+            start = time.perf_counter()
+            await _add_all(out, range(turn * 1000, (turn + 1) * 1000))
+            times.append(time.perf_counter() - start)
+        return sorted(times)[rounds // 2] * 1e6
+
+
+async def _add_all(client: Redis, numbers: range) -> None:
+    pipe = client.pipeline(transaction=False)
+    for at in numbers:
+        pipe.xadd("bench", {"id": f"e{at}", "event": _FRAME})
+    await pipe.execute()
 
 
 async def _touch(place: Path, turn: int) -> float:
