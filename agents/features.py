@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agents.payloads import Features, Quote
 from agents.settings import Settings
 from mesh import Agent, Event, EventType, on, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Window:
@@ -75,36 +78,32 @@ class Window:
         return math.sqrt(max(0.0, variance))
 
 
-class FeatureAgent(Agent):
-    """Hears quotes, says features."""
+class Windows:
+    """
+    What is known of one symbol.
 
-    async def setup(self) -> None:
-        settings = Settings(self.params)
-        fast = settings.whole("fast", 20, 1, 100_000)
-        slow = settings.whole("slow", 100, 2, 100_000)
-        if fast >= slow:
-            settings.complain(f"param fast={fast}: must be below slow={slow}")
-        settings.check()
+    Args:
+        fast: Length of the short window.
+        slow: Length of the long one.
+        kept: What `to_dict` gave; go on there.
+    """
+
+    def __init__(self, fast: int, slow: int, kept: dict[str, Any] | None = None) -> None:
+        """Begin empty, or where another one was."""
         self.fast, self.slow, self.changes = Window(fast), Window(slow), Window(slow)
         self.last: float | None = None
-        # Kept where quotes are durable: a live one that this process missed is missing anyway
-        if self.has_state and (kept := self.ctx.state.get("windows")):
+        if kept:
             self.last = kept["last"]
-            for name, window in self._windows().items():
-                window.from_list(kept[name])
+            self.fast.from_list(kept["fast"])
+            self.slow.from_list(kept["slow"])
+            self.changes.from_list(kept["changes"])
 
-    def _windows(self) -> dict[str, Window]:
-        return {"fast": self.fast, "slow": self.slow, "changes": self.changes}
+    def to_dict(self) -> dict[str, Any]:
+        """Give all there is to it."""
+        windows = {"fast": self.fast, "slow": self.slow, "changes": self.changes}
+        return {"last": self.last, **{name: each.to_list() for name, each in windows.items()}}
 
-    @on(EventType.MARKET_DATA_RECEIVED)
-    async def on_quote(self, quote: Quote, event: Event) -> None:
-        features = self.compute(quote)
-        if self.has_state:
-            windows = {name: window.to_list() for name, window in self._windows().items()}
-            self.ctx.state["windows"] = {"last": self.last, **windows}
-        await self.publish(EventType.FEATURES_COMPUTED, features, key=event.key)
-
-    def compute(self, quote: Quote) -> Features:
+    def add(self, quote: Quote) -> Features:
         """Take in a quote and give the features of now."""
         mid = quote.mid
         change = 0.0 if self.last is None else mid / self.last - 1
@@ -119,6 +118,43 @@ class FeatureAgent(Agent):
             slow_mean=self.slow.mean if self.slow.is_full else None,
             volatility=self.changes.deviation if self.changes.is_full else None,
         )
+
+
+class FeatureAgent(Agent):
+    """Hears quotes, says features."""
+
+    async def setup(self) -> None:
+        settings = Settings(self.params)
+        self.fast = settings.whole("fast", 20, 1, 100_000)
+        self.slow = settings.whole("slow", 100, 2, 100_000)
+        if self.fast >= self.slow:
+            settings.complain(f"param fast={self.fast}: must be below slow={self.slow}")
+        settings.check()
+        self.windows: dict[str, Windows] = {}
+
+    async def restore(self) -> None:
+        self.windows.clear()
+
+    def rebalanced(self, came: Callable[[str], bool]) -> None:
+        # Of what another replica took in, the windows here know nothing
+        for symbol in filter(came, list(self.windows)):
+            del self.windows[symbol]
+
+    @on(EventType.MARKET_DATA_RECEIVED)
+    async def on_quote(self, quote: Quote, event: Event) -> None:
+        windows = self.windows_of(quote.symbol)
+        features = windows.add(quote)
+        if self.has_state:
+            self.ctx.state[f"windows.{quote.symbol}"] = windows.to_dict()
+        await self.publish(EventType.FEATURES_COMPUTED, features, key=event.key)
+
+    def windows_of(self, symbol: str) -> Windows:
+        """Go on with a symbol's windows; they are kept where quotes are durable."""
+        if symbol not in self.windows:
+            # A live quote that this process missed is missing anyway
+            kept = self.ctx.state.get(f"windows.{symbol}") if self.has_state else None
+            self.windows[symbol] = Windows(self.fast, self.slow, kept)
+        return self.windows[symbol]
 
 
 if __name__ == "__main__":

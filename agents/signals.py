@@ -7,9 +7,14 @@ keeps it from flickering.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from agents.payloads import Features, Signal
 from agents.settings import Settings
 from mesh import Agent, Event, EventType, HandlerPriority, on, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Signals(Agent):
@@ -19,7 +24,16 @@ class Signals(Agent):
         settings = Settings(self.params)
         self.band = settings.number("band", 0.5, 0, 1000)
         settings.check()
-        self.target: int = self.ctx.state.get("target", 0) if self.has_state else 0
+        #: What was said last of each symbol.
+        self.targets: dict[str, int] = {}
+
+    async def restore(self) -> None:
+        self.targets.clear()
+
+    def rebalanced(self, came: Callable[[str], bool]) -> None:
+        # A wish that is said again changes nothing; one that is not said does
+        for symbol in filter(came, list(self.targets)):
+            del self.targets[symbol]
 
     @on(EventType.FEATURES_COMPUTED, priority=HandlerPriority.HIGH)
     async def on_features(self, features: Features, event: Event) -> None:
@@ -35,13 +49,20 @@ class Signals(Agent):
         band = self.band * features.volatility * features.slow_mean
         if abs(distance) <= band:
             return None
-        target = 1 if distance > 0 else -1
-        if target == self.target:
+        symbol, target = features.quote.symbol, 1 if distance > 0 else -1
+        if target == self.target_of(symbol):
             return None
-        self.target = target
+        self.targets[symbol] = target
         if self.has_state:
-            self.ctx.state["target"] = target
+            self.ctx.state[f"target.{symbol}"] = target
         return Signal(features.quote, target, distance)
+
+    def target_of(self, symbol: str) -> int:
+        """Give what was said last; it is kept where features are durable."""
+        if symbol not in self.targets:
+            kept = self.ctx.state.get(f"target.{symbol}", 0) if self.has_state else 0
+            self.targets[symbol] = kept
+        return self.targets[symbol]
 
 
 if __name__ == "__main__":

@@ -188,6 +188,17 @@ class Agent:
         attributes needs it. At the start it is not called: call it in `setup`.
         """
 
+    def rebalanced(self, came: Callable[[str], bool]) -> None:
+        """
+        Override: forget what attributes hold of keys that come to this replica.
+
+        Called between two events, when live events are shared anew (`mesh scale`, a replica that
+        died or is back). What another replica has done with a key meanwhile is not known here.
+
+        Args:
+            came: Says of a key whether it does.
+        """
+
     async def teardown(self) -> None:
         """Override: clean up after the last event."""
 
@@ -361,6 +372,7 @@ class Agent:
         await self.consumer.prepare()
         self._was_set_up = True
         await self.setup()
+        vars(self.consumer)["rebalanced"] = self.rebalanced
         await self.consumer.start()
         ledger.set("state", STATES.index("ready"))
 

@@ -40,13 +40,15 @@ from mesh.ledger import (
 )
 from mesh.logs import Sparing, say_once
 from mesh.replay_bell import ReplayBell
-from mesh.replicas import slot_of
+from mesh.replicas import SLOTS, slot_of
 from mesh.retry import OUTAGE
 from mesh.sharing import leave_to_others
 from mesh.slots import Slots
 from mesh.topics import check_topic
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mesh.broker import MessageBroker
     from mesh.deadletters import DeadLetter
     from mesh.handlers import EventHandlerRegistry
@@ -78,6 +80,10 @@ def _route(handlers: tuple[Handler, ...]) -> _Route:
     schemas = {handler.schema for handler in handlers}
     schema = handlers[0].schema if len(schemas) == 1 else None
     return _Route(handlers, _LANE_OF[handlers[0].priority], schema)
+
+
+def _all_if_none(slots: frozenset[int] | None) -> frozenset[int]:
+    return frozenset(range(SLOTS)) if slots is None else slots
 
 
 class EventConsumer:
@@ -119,6 +125,9 @@ class EventConsumer:
 
     async def restore(self) -> None:
         """Override, or replace: the state was loaded anew, for other replicas have changed it."""
+
+    def rebalanced(self, came: Callable[[str], bool]) -> None:
+        """Override, or replace: live events are shared anew, and these keys come from others."""
 
     async def prepare(self, *, keep_state: bool = False) -> None:
         """
@@ -258,8 +267,17 @@ class EventConsumer:
     def share(self, roster: Roster) -> None:
         """Handle from now on only those live events that a roster gives to this agent."""
         alone = roster.before == roster.after == (self.agent_name,)
+        before = self._slots_of_mine
         self._slots_of_mine = None if alone else roster.slots_of(self.agent_name)
         self.ledger.set("shared", 1)
+        # What left needs no word: some of it may still wait here, and be handled as before
+        came = _all_if_none(self._slots_of_mine) - _all_if_none(before)
+        if not came:
+            return
+        try:
+            self.rebalanced(lambda key: slot_of(key) in came)
+        except Exception:  # noqa: BLE001 - the agent's own code
+            _log.exception("%s could not forget the keys that come", self.agent_name)
 
     def look(self) -> None:
         """Look into the journal again: another replica has left something there."""

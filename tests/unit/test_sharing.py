@@ -23,7 +23,7 @@ from mesh.ledger_views import read_ledgers, retire
 from mesh.replicas import Roster, replica_names
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable
     from pathlib import Path
 
 NAMES = replica_names("ear", 3)
@@ -173,6 +173,49 @@ async def test_a_retired_replica_misses_nothing_and_comes_back(group: Group) -> 
 
     assert group.link() == LinkAccount(published=600, received=600, lost=0, in_flight=0)
     assert sorted(group.all()) == list(range(600))
+
+
+async def test_who_gets_keys_of_another_is_told_which_and_forgets_them(group: Group) -> None:
+    told: dict[str, set[str]] = {name: set() for name in NAMES[:2]}
+    keys = [f"key-{number}" for number in range(40)]
+    for name in NAMES[:2]:
+        consumer = await group.begin(name)
+
+        def note(came: Callable[[str], bool], name: str = name) -> None:
+            told[name] |= set(filter(came, keys))
+
+        vars(consumer)["rebalanced"] = note
+    first, second = told.values()
+
+    group.share("ear")
+    assert not first  # it had them all
+    group.share(*NAMES[:2], before=["ear"])
+    group.share(*NAMES[:2])
+    assert not first
+    second.clear()
+    await group.say(range(40))
+    gone = {f"key-{number}" for number in group.heard["ear@2"]}
+    group.share("ear", before=NAMES[:2])
+    assert not first
+    group.share("ear")
+    assert first == gone
+
+
+async def test_a_hook_that_fails_is_said_and_the_keys_move(
+    group: Group, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer = await group.begin("ear")
+    group.share("ear", "ear@2")
+
+    def fail(came: Callable[[str], bool]) -> None:
+        raise ValueError("a mistake of the user's")
+
+    vars(consumer)["rebalanced"] = fail
+    group.share("ear")
+    await group.say(range(40))
+
+    assert group.heard["ear"] == list(range(40))
+    assert "a mistake of the user's" in caplog.text
 
 
 async def test_bytes_that_are_no_event_are_put_aside_once(group: Group) -> None:
