@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: The name that stands in the event as its source.
 _NAME = "mesh-publish"
+#: Where a project declares what its types carry.
+PAYLOADS = "agents/payloads.py"
 
 
 @click.command()
@@ -95,7 +97,7 @@ def _refuse_constant(name: str) -> None:
 
 def load_schemas(project: Path) -> None:
     """Declare the project's payloads, so that a wrong one is refused here and not at an agent."""
-    if not (project / "agents" / "payloads.py").is_file():
+    if not (project / PAYLOADS).is_file():
         return
     sys.path.insert(0, str(project))
     try:

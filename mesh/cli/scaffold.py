@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import keyword
 import re
 import sys
@@ -12,8 +13,16 @@ import click
 
 from mesh.cli import say
 from mesh.cli.place import CONF, Place
-from mesh.cli.templates import agent_script, agent_section, agent_test, configuration
+from mesh.cli.publish import PAYLOADS, load_schemas
+from mesh.cli.templates import (
+    agent_script,
+    agent_section,
+    agent_test,
+    configuration,
+    sample_of,
+)
 from mesh.errors import TopicError
+from mesh.events import declaration_of, declarations, is_durable
 from mesh.supervision.conf import INFRASTRUCTURE, programs_of, runs_an_agent, script_of
 from mesh.topics import PRIVATE_PREFIX, check_topic
 
@@ -90,11 +99,15 @@ def new(name: str, hears: str, says: str | None) -> None:
         say.line(f"{script.relative_to(project)} is there already and is left as it is")
         say.line(f"added [program:{name}] to {CONF}; `mesh reload` starts it in a running mesh")
         return
+    hears_sample, says_sample = _samples(project, topics)
+    declares = (project / PAYLOADS).is_file() and any(
+        declaration_of(topic).schema is not None or is_durable(topic) for topic in topics
+    )
     _write(
         {
             **begin,
-            script: agent_script(name, *topics),
-            test: agent_test(name, *topics, payload=_sample(project, topics[0])),
+            script: agent_script(name, *topics, payload=says_sample, declares=declares),
+            test: agent_test(name, *topics, payload=hears_sample or {"value": 1}),
             conf: conf.read_text() + _section(project, name),
         }
     )
@@ -102,6 +115,16 @@ def new(name: str, hears: str, says: str | None) -> None:
     shown = test.relative_to(project)
     say.line(f"wrote {shown}: run it with `python -m pytest {shown}`")
     say.line(f"added [program:{name}] to {CONF}; `mesh reload` starts it in a running mesh")
+    for topic in topics:
+        _ask_about(topic)
+
+
+def _ask_about(topic: str) -> None:
+    """Say so when a type that nobody has declared looks like one that is."""
+    known = [each.topic for each in declarations()]
+    close = difflib.get_close_matches(topic, known, 1, cutoff=0.85)
+    if close and topic not in known:
+        say.note(f"{topic} is a new type; did you mean {close[0]}?", "yellow")
 
 
 def _python_for(project: Path) -> str:
@@ -182,12 +205,8 @@ def _python_in(text: str) -> str | None:
     return None if found is None else found[1]
 
 
-def _sample(project: Path, topic: str) -> dict[str, object]:
-    """Invent a payload that the project's schema of a type takes."""
-    from mesh.cli.publish import load_schemas
-    from mesh.cli.templates import sample_of
-    from mesh.events import declaration_of
-
+def _samples(project: Path, topics: list[str]) -> list[dict[str, object] | None]:
+    """Invent payloads that the project's schemas of some types take; None where there is none."""
     load_schemas(project)
-    schema = declaration_of(topic).schema
-    return {"value": 1} if schema is None else sample_of(schema)
+    schemas = [declaration_of(topic).schema for topic in topics]
+    return [None if schema is None else sample_of(schema) for schema in schemas]

@@ -75,7 +75,7 @@ _SCRIPT = '''\
 
 from __future__ import annotations
 
-from mesh import {imports}
+{declarations}from mesh import {imports}
 
 
 class {kind}(Agent):
@@ -83,12 +83,15 @@ class {kind}(Agent):
 
     @on({hears_code})
     async def on_event(self, event: Event) -> None:
-        await self.publish({says_code}, {{"heard": event.id}}, key=event.key)
+        {publish}
 
 
 if __name__ == "__main__":
     run({kind})
 '''
+
+_HEARD = 'await self.publish({says}, {{"heard": event.id}}, key=event.key)'
+_DECLARATIONS = "import agents.payloads  # noqa: F401 - declares what its events carry\n"
 
 _TEST = '''\
 """What `{name}` does, with nothing else running."""
@@ -116,7 +119,7 @@ async def test_it_answers(agent_harness: type[AgentHarness[Any]]) -> None:
 
         answer = await harness.expect("{says}")
 
-        assert answer.data == {{"heard": asked.id}}
+        assert answer.causation_id == asked.id
         assert answer.correlation_id == asked.correlation_id
 '''
 
@@ -136,8 +139,19 @@ def agent_section(name: str, python: str) -> str:
     return _PROGRAM.format(name=name, python=python, module=module, priority=100, retries=3)
 
 
-def agent_script(name: str, hears: str, says: str) -> str:
-    """Write the script of an agent."""
+def agent_script(
+    name: str, hears: str, says: str, *, payload: dict[str, object] | None, declares: bool
+) -> str:
+    """
+    Write the script of an agent.
+
+    Args:
+        name: The agent's.
+        hears: A topic.
+        says: Another.
+        payload: What it says; None: whatever it likes.
+        declares: The project's agents/payloads.py declares something about these topics.
+    """
     built_in = any(topic in list(EventType) for topic in (hears, says))
     return _SCRIPT.format(
         hears=hears,
@@ -145,16 +159,26 @@ def agent_script(name: str, hears: str, says: str) -> str:
         imports=", ".join(["Agent", "Event", *(["EventType"] if built_in else []), "on", "run"]),
         kind=class_name(name),
         hears_code=_code(hears),
-        says_code=_code(says),
+        declarations=_DECLARATIONS if declares else "",
+        publish=_HEARD.format(says=_code(says)) if payload is None else _says(says, payload),
     )
 
 
 def agent_test(name: str, hears: str, says: str, *, payload: dict[str, object]) -> str:
     """Write the test of an agent."""
-    shown = pprint.pformat(payload, width=90, sort_dicts=False)
+    return _TEST.format(name=name, hears=hears, says=says, payload=_shown(payload))
+
+
+def _says(topic: str, payload: dict[str, object]) -> str:
+    made = indent(f"made = {_shown(payload)}", "        ").lstrip()
+    return f"{made}\n        await self.publish({_code(topic)}, made, key=event.key)"
+
+
+def _shown(payload: dict[str, object]) -> str:
+    shown = pprint.pformat(payload, width=80, sort_dicts=False)
     if "\n" in shown:
         shown = "{\n" + indent(f" {shown[1:-1]},", "   ", lambda _: True) + "\n}"
-    return _TEST.format(name=name, hears=hears, says=says, payload=shown.replace("'", '"'))
+    return shown.replace("'", '"')
 
 
 def class_name(name: str) -> str:

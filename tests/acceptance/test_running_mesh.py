@@ -253,8 +253,19 @@ def test_a_script_that_nobody_starts_is_told(project: Path) -> None:
         assert "is no program" not in loaded.err
 
 
-def test_the_test_of_a_new_agent_passes(project: Path) -> None:
-    run_mesh("new", "hello", cwd=project)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--hears", "signal.generated", "--says", "order.executed"),
+        ("--hears", "features.computed", "--says", "signal.generated"),
+        ("--hears", "shop.opened", "--says", "order.requested"),
+    ],
+    ids=" ".join,
+)
+def test_the_test_of_a_new_agent_passes(project: Path, options: tuple[str, ...]) -> None:
+    # What it says fits the schema that others hold it against, or its `expect` would wait in vain
+    run_mesh("new", "hello", *options, cwd=project)
 
     ended = run_program(
         sys.executable,

@@ -209,6 +209,23 @@ def test_a_journal_stays_in_the_run_directory(
     assert "MESH_JOURNAL=../mine: must be 1 to 64 characters" in refused.output
 
 
+def test_new_writes_what_the_projects_types_declare(project: Path) -> None:
+    made = call("new", "seer", "--hears", "features.computed", "--says", "signal.generated")
+
+    assert made.exit_code == 0, made.output
+    script = (project / "agents" / "seer.py").read_text()
+    assert "import agents.payloads" in script
+    assert '"target": 1' in script
+
+
+def test_new_asks_about_a_type_that_looks_misspelt(project: Path) -> None:
+    told = call("new", "ear", "--hears", "market.data.recieved", "--says", "something.else")
+
+    assert told.exit_code == 0
+    assert "market.data.recieved is a new type; did you mean market.data.received?" in told.output
+    assert "something.else is" not in told.output
+
+
 def test_new_without_a_project_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -217,7 +234,7 @@ def test_new_without_a_project_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_new_script_speaks_of_built_in_types_by_name() -> None:
-    script = agent_script("my_agent", "order.executed", "my.said")
+    script = agent_script("my_agent", "order.executed", "my.said", payload=None, declares=False)
 
     assert "class MyAgent(Agent)" in script
     assert "EventType.ORDER_EXECUTED" in script
