@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 _STEADY_S = 30.0
 #: `headroom` waits while more events than this are under way in the mesh.
 MAX_UNDER_WAY = 8192
+#: Half of what ZeroMQ holds on each leg (`mesh.brokers.zeromq.HIGH_WATER_FRAMES`).
+MAX_FRAMES_UNDER_WAY = 1000
 
 
 class AgentContext(Value, frozen=True, kw_only=True):
@@ -334,8 +336,10 @@ class Agent:
             return
         if self._backlog is None:
             self._backlog = Backlog(self.context.ledgers)
+        # The fabric counts frames, and where each event is one it holds fewer events
+        limit = min(max_under_way, MAX_FRAMES_UNDER_WAY * self.publisher.events_a_frame())
         # Counters in shared memory cannot wake us; two milliseconds are a few hundred events
-        while self._backlog.under_way() > max_under_way:  # noqa: ASYNC110
+        while self._backlog.under_way() > limit:  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 
     def published(self, event_type: str) -> int:

@@ -102,11 +102,14 @@ class Outbox:
         self._json = wire_format == "json"
         self._timeout_s = timeout_s
         self._batcher = codec.Batcher(agent_name)
-        self._dirty: list[Outgoing] = []
+        #: What has something to send, in order.
+        self._dirty: dict[Outgoing, None] = {}
         #: True from the first event of a loop turn to the end of the turn.
         self._in_turn = False
         self._drainer: asyncio.Task[None] | None = None
         self._full_batches = 0
+        #: Events and frames that left since `events_a_frame` was asked last, and its answer.
+        self._sent, self._frames, self._density = 0, 0, 1.0
         self._closed = False
         self._sparing = Sparing(_log)
 
@@ -175,10 +178,9 @@ class Outbox:
     def _begin(self, out: Outgoing) -> None:
         """Look after a batch with its first event; at the start of a turn it leaves at once."""
         if self._closed:
-            out.events.clear()
+            self._empty(out)
             self._require_open()
-        if not out.closed:
-            self._dirty.append(out)
+        self._dirty[out] = None
         if self._in_turn:
             return
         self._in_turn = True
@@ -237,8 +239,7 @@ class Outbox:
         self._require_open()
         if out.events:
             self._close_batch(out)
-        elif not out.closed:
-            self._dirty.append(out)
+        self._dirty[out] = None
         count = len(table.id)
         frame = self._batcher.encode_table(table, out.epoch, out.sequence + 1)
         self._cells[out.sequence_at] = out.sequence = out.sequence + count
@@ -256,6 +257,7 @@ class Outbox:
             self._cells[out.sequence_at] = out.sequence = out.sequence + 1
         else:
             frame = codec.encode_json(event)
+        self._count_sent(1)
         await self._broker.send(out.topic, frame, self._timeout_s)
 
     async def keep(self, out: Outgoing, events: Sequence[Event]) -> None:
@@ -332,19 +334,51 @@ class Outbox:
                 self._drainer.cancel()
                 await asyncio.gather(self._drainer, return_exceptions=True)
 
+    def events_a_frame(self) -> float:
+        """Tell how many events shared a frame since this was asked last; at first 1."""
+        if self._frames:
+            self._density = self._sent / self._frames
+            self._sent = self._frames = 0
+        return self._density
+
+    def _count_sent(self, events: int) -> None:
+        self._sent += events
+        self._frames += 1
+
     def _send(self, out: Outgoing) -> bool:
         """Hand all to the fabric; False, with the rest still here, when it takes no more now."""
-        events, closed = out.events, out.closed
-        if not events and not closed:
-            return True
+        closed = out.closed
         while closed:
-            if not self._try_send(out.topic, closed[0][1]):
+            # Nothing that is being sent stays here meanwhile: the fabric of memory runs handlers at
+            # once, and those may publish the same type
+            batch, sent = closed.popleft(), False
+            try:
+                sent = self._try_send(out.topic, batch[1])
+            finally:
+                if not sent:
+                    closed.appendleft(batch)
+            if not sent:
                 return False
-            closed.popleft()
-        if events and not self._try_send(out.topic, self._frame_of(out)):
+            self._count_sent(batch[0])
+        if out.events and not self._send_open(out):
             return False
-        self._clear(out)
+        if not out.events and not closed:
+            self._dirty.pop(out, None)
         return True
+
+    def _send_open(self, out: Outgoing) -> bool:
+        """Send the batch that was being filled."""
+        frame, events, size, plain = self._frame_of(out), out.events, out.size, out.plain
+        self._empty(out)
+        sent = False
+        try:
+            sent = self._try_send(out.topic, frame)
+        finally:
+            if not sent:
+                out.events, out.size, out.plain = events, size, plain
+        if sent:
+            self._count_sent(len(events))
+        return sent
 
     def _frame_of(self, out: Outgoing) -> bytes:
         events = out.events
@@ -359,11 +393,11 @@ class Outbox:
     def _clear(self, out: Outgoing) -> None:
         self._empty(out)
         out.closed.clear()
-        self._dirty.remove(out)
+        self._dirty.pop(out, None)
 
     @staticmethod
     def _empty(out: Outgoing) -> None:
-        out.events.clear()
+        out.events = []
         out.size, out.plain = 0, True
 
     def _end_turn(self) -> None:

@@ -395,6 +395,10 @@ class EventPublisher:
         """
         await self._outbox.flush(timeout_s)
 
+    def events_a_frame(self) -> float:
+        """Tell how many events shared a frame since this was asked last; at first 1."""
+        return self._outbox.events_a_frame()
+
     async def close(self) -> None:
         """Send what is batched; publishing afterwards raises. The broker stays open."""
         await self._outbox.close()

@@ -50,21 +50,25 @@ class Requester:
 
         Raises:
             RequestTimeoutError: Nobody replied in time.
+            BrokerUnavailableError: The fabric does not answer.
             PayloadError: The payload does not fit.
+            ValueError: `timeout_s` is no time.
         """
-        await self._attach()
+        if not timeout_s >= 0:
+            raise ValueError(f"timeout_s={timeout_s!r}: must be 0 or more seconds")
         reply: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
         request = self._publisher.make_event(event_type, data, key=key, reply_to=self._topic)
         # Before it leaves: publishing may wait, and the reply may be here first
         self._waiting[request.id] = reply
         try:
             async with asyncio.timeout(timeout_s):
+                await self._attach()
                 await self._publisher.publish_event(request)
                 return await reply
         except TimeoutError:
+            why = self._broker.trouble() or "does an agent that hears it run?"
             raise RequestTimeoutError(
-                f"nobody replied to {str(event_type)!r} within {timeout_s:g} s;"
-                " does an agent that hears it run?"
+                f"nobody replied to {str(event_type)!r} within {timeout_s:g} s; {why}"
             ) from None
         finally:
             self._waiting.pop(request.id, None)
@@ -87,14 +91,23 @@ class Requester:
 
     async def close(self) -> None:
         """Give up all requests."""
+        if self._attached is not None:
+            self._attached.cancel()
+            await asyncio.gather(self._attached, return_exceptions=True)
         await self._broker.detach(self)
         for waiter in self._waiting.values():
             waiter.cancel()
 
     async def _attach(self) -> None:
         # One subscription for all, even when the first two requests start together
-        if self._attached is None:
+        if self._attached is None or _has_failed(self._attached):
             self._attached = asyncio.create_task(
                 self._broker.attach([self._topic], self), name="reply-topic"
             )
+            # Where nobody waits for it any more, its failure is told to who asks next
+            self._attached.add_done_callback(_has_failed)
         await asyncio.shield(self._attached)
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

@@ -394,12 +394,28 @@ class Slots:
         return min(1.0, max(0.02, min(limits) / 5))
 
     def _look_at(self, slot: Slot, elapsed_s: float) -> None:
-        event, retries = slot.seen
-        if slot.event is None or slot.pausing or slot.event is not event or slot.retries != retries:
-            slot.seen = (slot.event, slot.retries)
+        event, handler, retries = slot.seen
+        if (
+            slot.event is None
+            or slot.pausing
+            or slot.event is not event
+            or slot.handler is not handler
+            or slot.retries != retries
+        ):
+            slot.seen = (slot.event, slot.handler, slot.retries)
             slot.age_s = 0.0
+            if slot.timed_out is not None:
+                self._say_swallowed(slot.timed_out[1])
+                self._tries.take_back(slot)
             return
         slot.age_s += elapsed_s
         if slot.age_s > self._tries.limit_s(slot) and not slot.timed_out and slot.task is not None:
-            slot.timed_out = True
+            slot.timed_out = (slot.event, slot.handler)
             slot.task.cancel()
+
+    def _say_swallowed(self, handler: Handler | None) -> None:
+        _log.warning(
+            "handler %s of %s was cancelled at its time limit and went on to its end all the same",
+            handler.id if handler else "?",
+            self._agent_name,
+        )

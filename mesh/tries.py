@@ -46,11 +46,12 @@ class Slot:
         self.task: asyncio.Task[None] | None = None
         self.event: Event | None = None
         self.handler: Handler | None = None
-        #: What the watch saw last: the same event and try again is one that is still running.
-        self.seen: tuple[Event | None, int] = (None, 0)
+        #: What the watch saw last: the same handler, event and try again is still running.
+        self.seen: tuple[Event | None, Handler | None, int] = (None, None, 0)
         self.retries = 0
         self.age_s = 0.0
-        self.timed_out = False
+        #: What the watch has cancelled, and on what it ran.
+        self.timed_out: tuple[Event | None, Handler | None] | None = None
         self.pausing = False
 
 
@@ -74,6 +75,19 @@ class Tries:
         self._retry = RetryPolicy(
             max_retries=config.max_retries, first_delay_s=config.retry_delay_ms / 1000
         )
+
+    def take_back(self, slot: Slot) -> bool:
+        """
+        End the cancellation of a handler that was over its limit.
+
+        Returns:
+            Whether it is the one that runs now; another one has not let itself be cancelled.
+        """
+        overdue, slot.timed_out = slot.timed_out, None
+        if overdue is None or slot.task is None:
+            return False
+        slot.task.uncancel()
+        return overdue[0] is slot.event and overdue[1] is slot.handler
 
     def limit_s(self, slot: Slot) -> float:
         """Tell how many seconds the handler in a slot may run."""
@@ -169,12 +183,11 @@ class Tries:
 
     def _as_failure(self, slot: Slot, handler: Handler, error: BaseException) -> BaseException:
         """Tell a handler's failure from the cancellation of the consumer."""
+        timed_out = self.take_back(slot)
         if not isinstance(error, (asyncio.CancelledError, GeneratorExit)):
             return error
         task = slot.task
-        if slot.timed_out and task is not None:
-            slot.timed_out = False
-            task.uncancel()
+        if timed_out and task is not None and not task.cancelling():
             return TimeoutError(
                 f"{handler.id} ran longer than {self.limit_s(slot):g} s and was cancelled"
             )

@@ -220,6 +220,92 @@ async def test_whatever_a_handler_raises_the_next_event_is_handled(error: BaseEx
     assert type(error).__name__ in letter.error
 
 
+async def test_each_handler_of_an_event_has_its_own_limit() -> None:
+    clock, registry, done = FakeClock(), EventHandlerRegistry(), []
+
+    def slow(name: str) -> Callable[[Event], Awaitable[None]]:
+        async def handle(event: Event) -> None:
+            await clock.sleep(0.7)
+            done.append(name)
+
+        return handle
+
+    for name in ("first", "second"):
+        await registry.register("t.x", slow(name), "ear", name, timeout_s=1.0)
+    async with InMemoryMessageBroker() as broker:
+        consumer = EventConsumer(
+            ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry, clock=clock)
+        )
+        await consumer.start()
+        publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
+        await say(publisher, 1)
+        for _ in range(20):
+            await clock.advance(0.1)
+        await consumer.drained()
+        await consumer.stop()
+        await publisher.close()
+
+    assert done == ["first", "second"]
+    assert not consumer.dead_letters.newest
+
+
+async def test_who_swallows_his_cancellation_does_not_end_the_limit_of_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock, registry, done = FakeClock(), EventHandlerRegistry(), []
+
+    async def handle(event: Event) -> None:
+        try:
+            await clock.sleep(60)
+        except asyncio.CancelledError:
+            if event.data["n"] != 1:
+                raise
+        done.append(event.data["n"])
+
+    await registry.register("t.x", handle, "ear", "handle", timeout_s=1.0)
+    async with InMemoryMessageBroker() as broker:
+        consumer = EventConsumer(
+            ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry, clock=clock)
+        )
+        await consumer.start()
+        publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
+        await say(publisher, 1, 2)
+        for _ in range(40):
+            await clock.advance(0.1)
+        await consumer.drained()
+        await consumer.stop()
+        await publisher.close()
+
+    assert done == [1]
+    (letter,) = consumer.dead_letters.newest
+    assert letter.reason == "timeout"
+    assert "went on to its end all the same" in caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+@pytest.mark.parametrize("batch", [False, True], ids=["one by one", "in batches"])
+async def test_an_agent_that_hears_what_it_says_hears_all_of_it(count: int, *, batch: bool) -> None:
+    async with InMemoryMessageBroker() as broker:
+        consumer, heard = await consume(broker)
+        publisher = EventPublisher(PublisherConfig(agent_name="ear", broker=broker))
+
+        async def say_again(event: Event) -> None:
+            left = event.data["n"] - 1
+            if left and batch:
+                await publisher.publish_batch([("t.x", {"n": left})])
+            elif left:
+                await publisher.publish("t.x", {"n": left})
+
+        await consumer.registry.register("t.x", say_again, "ear", "say_again")
+        await say(publisher, count)
+        await eventually(lambda: heard[-1:] == [1])
+        await consumer.stop()
+        await publisher.close()
+
+    assert heard == list(range(count, 0, -1))
+    assert consumer.ledger.lost() == 0
+
+
 async def test_a_handler_that_cancels_its_own_task_is_told_and_seen_by_the_watch(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
