@@ -149,7 +149,9 @@ class Agent:
                 agent_name=context.name,
                 broker=context.broker,
                 handler_registry=self.registry,
-                buffer_size=self.buffer_size or config.consumer_buffer_size,
+                buffer_size=(
+                    config.consumer_buffer_size if self.buffer_size is None else self.buffer_size
+                ),
                 max_retries=config.consumer_max_retries,
                 retry_delay_ms=config.consumer_retry_delay_ms,
                 overflow=self.overflow or config.consumer_overflow,
@@ -232,7 +234,10 @@ class Agent:
             ConfigurationError: This agent keeps no state, and no durable event is being handled.
         """
         context = current_context.get()
-        return context if context is not None else self.consumer.loose_context()
+        # A task that outlives its handler has the context of a step that is over
+        if context is not None and context.is_open:
+            return context
+        return self.consumer.loose_context()
 
     @property
     def has_state(self) -> bool:
@@ -277,7 +282,7 @@ class Agent:
         try:
             yield context
         finally:
-            context.is_open = False
+            context.close()
             current_context.reset(before)
         await self.consumer.commit(context)
 
@@ -437,7 +442,7 @@ class Agent:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for run in sources:
-                    tasks.create_task(self._call(run), name=getattr(run, "__name__", "source"))
+                    tasks.create_task(self._call(run), name=_name_of(run))
             await self.publisher.flush()
         except Exception:
             ledger.set("sources", SOURCES.index("failed"))
@@ -452,18 +457,23 @@ class Agent:
             begun_s = self.clock.mono_s()
             try:
                 await source()
+            except asyncio.CancelledError as error:
+                if _is_being_cancelled():
+                    raise
+                # A task group takes a task that ends so for one that was to end
+                raise RuntimeError(f"{_name_of(source)} awaited what was cancelled") from error
             except Exception as error:
                 if not is_outage(error):
                     raise
                 tries = tries + 1 if self.clock.mono_s() - begun_s < _STEADY_S else 1
-                name = getattr(source, "__name__", "source")
+                name = _name_of(source)
                 self._say_outage(name, f"{name} waits, and is then called again", error)
                 await self.clock.sleep(OUTAGE.delay_s(tries))
             else:
                 return
 
-    def _say_outage(self, kind: str, words: str, error: Exception) -> None:
-        while isinstance(error, ExceptionGroup):
+    def _say_outage(self, kind: str, words: str, error: BaseException) -> None:
+        while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         self.context.ledger.count("outages_met")
         self._sparing.say(kind, logging.WARNING, f"{words}: {error}")
@@ -474,7 +484,9 @@ class Agent:
             await self.clock.sleep(max(0.0, due_s - self.clock.mono_s()))
             try:
                 await call()
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                    raise
                 self.context.ledger.count("timer_failed")
                 words = f"timer {call.__name__} failed; it is called again"
                 if is_outage(error):
@@ -483,3 +495,13 @@ class Agent:
                     self.log.exception("%s", words)
             # A call that took too long skips the beats it missed instead of hurrying after them
             due_s = max(due_s + seconds, self.clock.mono_s())
+
+
+def _is_being_cancelled() -> bool:
+    """Say whether somebody wants this very task to end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _name_of(call: Callable[[], Awaitable[None]]) -> str:
+    return getattr(call, "__name__", "source")

@@ -42,6 +42,7 @@ from mesh.payloads import (
     MAX_ITEMS,
     cannot_travel,
     is_closed,
+    refuse_infinite,
     too_large,
 )
 
@@ -142,6 +143,7 @@ def encode_json(event: Event, *, epoch: int | None = None, sequence: int | None 
         PayloadError: Something in the payload cannot travel.
     """
     fields = {name: getattr(event, name) for name in Event.__struct_fields__}
+    refuse_infinite(event.type, fields["data"])
     try:
         return _json.encode(_Sequenced(**fields, sequence=sequence, epoch=epoch))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mesh.errors import PayloadError
+from mesh.errors import ClosedError, PayloadError
 from mesh.journal import Step
+from mesh.payloads import check_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,6 +54,11 @@ class DurableState(MutableMapping[str, Any]):
         self._known = known
         self._changes = changes
         self._write_through = write_through
+        self._is_open = True
+
+    def close(self) -> None:
+        """Take no more changes: the step is over."""
+        self._is_open = False
 
     def __getitem__(self, name: str) -> Any:
         """
@@ -73,8 +79,10 @@ class DurableState(MutableMapping[str, Any]):
         Write a value.
 
         Raises:
-            PayloadError: It cannot be encoded.
+            PayloadError: It cannot be encoded, or the name is no text.
+            ClosedError: The step is over.
         """
+        check_text("the name of state", name)
         try:
             raw = _pack(value)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -87,6 +95,7 @@ class DurableState(MutableMapping[str, Any]):
 
         Raises:
             KeyError: There is none.
+            ClosedError: The step is over.
         """
         if name not in self:
             raise KeyError(name)
@@ -106,6 +115,11 @@ class DurableState(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
     def _put(self, name: str, raw: bytes | None) -> None:
+        if not self._is_open:
+            raise ClosedError(
+                f"state {name!r} cannot be kept: the step of this context is over;"
+                " take `self.ctx` anew"
+            )
         if self._write_through is None:
             self._changes[name] = raw
             return
@@ -232,9 +246,14 @@ class HandlerContext:
         cause = f"{self.idempotency_key}/{self._published}"
         return hashlib.blake2b(cause.encode(), digest_size=12).hexdigest()
 
+    def close(self) -> None:
+        """Take nothing more: what is published or written from now on stands alone."""
+        self.is_open = False
+        self.state.close()
+
     def step(self) -> Step:
         """Close, and give everything as one step."""
-        self.is_open = False
+        self.close()
         acks = [] if self.delivery is None else [self.delivery]
         return Step(acks, [], self.records, self.dead, self.changes)
 

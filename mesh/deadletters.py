@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mesh.errors import BrokerUnavailableError, ConfigurationError
+from mesh.errors import BrokerUnavailableError, ConfigurationError, words_of
 from mesh.logs import say_once
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class DeadLetters:
         attempts: int = 0,
     ) -> DeadLetter:
         """Make the letter of an event; it is not kept yet."""
-        words = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        words = error if isinstance(error, str) else words_of(error)
         now_s = time.time()
         return DeadLetter(
             id=f"{event.id}/{self._agent}/{handler or ''}",

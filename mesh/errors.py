@@ -135,6 +135,15 @@ class RequestTimeoutError(BrokerUnavailableError):
     """Nobody replied within the time limit."""
 
 
+def words_of(error: BaseException) -> str:
+    """Give an error's class and text; a text that cannot be had is no reason to fail once more."""
+    try:
+        text = str(error)
+    except Exception as again:  # noqa: BLE001 - somebody else's code
+        text = f"(its text cannot be had: {type(again).__name__})"
+    return f"{type(error).__name__}: {text}"
+
+
 def is_outage(error: BaseException) -> bool:
     """Say whether an error means only that the fabric or the journal is away, and can come back."""
     if isinstance(error, BaseExceptionGroup):

@@ -237,6 +237,11 @@ _slot = Event.__dict__["data"]
 payload_of: Callable[[Event], Any] = _slot.__get__
 
 
+def key_of(event: Event) -> str:
+    """Give what keeps events in order: their key, the empty text too; without one each is alone."""
+    return event.id if event.key is None else event.key
+
+
 def _data(event: Event) -> dict[str, Any]:
     kept = payload_of(event)
     if type(kept) is dict:

@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mesh.errors import HandlerSignatureError
+from mesh.errors import HandlerSignatureError, words_of
 from mesh.events import Event, declaration_of, payload_of
 from mesh.payloads import convert_payload
+from mesh.retry import RetryPolicy
 from mesh.topics import check_topic
 from mesh.values import State, Value
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
-
-    from mesh.retry import RetryPolicy
 
     Run = Callable[[Event], Awaitable[Any]]
     #: Wraps the running of one handler; gets the event and what comes next.
@@ -100,7 +99,27 @@ class Handler(State, eq=False):
         """Count a failure."""
         self.calls += 1
         self.errors += 1
-        self.last_error = f"{type(error).__name__}: {error}"
+        self.last_error = words_of(error)
+
+
+def check_limits(timeout_s: object, max_retries: object, retry: object) -> None:
+    """
+    Refuse limits that make no sense, before the first event meets them.
+
+    Raises:
+        ValueError: The message names all of them.
+    """
+    wrong = []
+    is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+    if timeout_s is not None and not (is_number and 0 < timeout_s < float("inf")):  # type: ignore[operator]  # a number
+        wrong.append(f"timeout_s={timeout_s!r}: must be seconds above 0")
+    is_count = type(max_retries) is int and max_retries >= 0
+    if max_retries is not None and not is_count:
+        wrong.append(f"max_retries={max_retries!r}: must be a whole number from 0 on")
+    if retry is not None and not isinstance(retry, RetryPolicy):
+        wrong.append(f"retry={retry!r}: must be a RetryPolicy")
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def bind(func: Callable[..., Awaitable[Any]], shape: Shape) -> Run:
@@ -278,8 +297,10 @@ class EventHandlerRegistry:
         Raises:
             HandlerSignatureError: The function cannot be called with an event.
             TopicError: The type breaks the topic grammar.
+            ValueError: A limit makes no sense.
         """
         topic = check_topic(event_type)
+        check_limits(timeout_s, max_retries, retry)
         handler = Handler(
             topic,
             handler_func,

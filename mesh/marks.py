@@ -9,7 +9,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from mesh.errors import HandlerSignatureError
-from mesh.handlers import HandlerPriority, signature_of
+from mesh.handlers import HandlerPriority, check_limits, signature_of
 from mesh.middleware.filter import only
 from mesh.topics import check_topic
 from mesh.values import Value
@@ -67,9 +67,13 @@ def on(
     Raises:
         TopicError: A type breaks the topic grammar.
         HandlerSignatureError: No type is given.
+        ValueError: A limit or the filter makes no sense.
     """
     if not event_types or callable(event_types[0]):
         raise HandlerSignatureError("@on needs event types: @on(EventType.MARKET_DATA_RECEIVED)")
+    check_limits(timeout_s, max_retries, retry)
+    if filter is not None and not callable(filter):
+        raise ValueError(f"filter={filter!r}: must be a function of an event, or of mesh.filters")
     layers = (*((only(filter),) if filter is not None else ()), *middleware)
     marked = Hearing(
         tuple(check_topic(name) for name in event_types),
@@ -142,6 +146,7 @@ def check_marked(cls: type) -> None:
     for _, method in marked_methods(cls):
         if handlers_marked(method):
             signature_of(method, bound=False)
+            _check_once(method)
         if is_source(method) or period_of(method) is not None:
             _check_plain(method)
 
@@ -160,6 +165,18 @@ def period_of(method: Marked) -> float | None:
 def is_source(method: Marked) -> bool:
     """Say whether a method is a source."""
     return hasattr(method, _SOURCE)
+
+
+def _check_once(method: Marked) -> None:
+    """Refuse a type that stands in two `@on` of one method: a handler hears each event once."""
+    topics = [topic for marked in handlers_marked(method) for topic in marked.topics]
+    twice = sorted({topic for topic in topics if topics.count(topic) > 1})
+    if twice:
+        name = getattr(method, "__qualname__", repr(method))
+        raise HandlerSignatureError(
+            f"{name} hears {', '.join(twice)} twice; one @on for each type, its filters joined"
+            " with | (see mesh.filters)"
+        )
 
 
 def _check_plain(method: Callable[..., Awaitable[Any]]) -> None:

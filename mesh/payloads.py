@@ -5,6 +5,7 @@ back.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import is_dataclass
 from datetime import datetime
@@ -161,6 +162,22 @@ def _are_flat(payloads: Sequence[Any]) -> bool:
         and SCALARS.issuperset(map(type, chain.from_iterable(map(dict.values, payloads))))
         and _TEXT_ONLY.issuperset(map(type, chain.from_iterable(payloads)))
     )
+
+
+def refuse_infinite(topic: str, value: Any) -> None:
+    """
+    Refuse what JSON would turn into null without a word.
+
+    Raises:
+        PayloadError: There is a number that JSON has not.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PayloadError(
+            f"payload of {topic!r} cannot travel as JSON: it holds {value}; use msgpack, or None"
+        )
+    if isinstance(value, (dict, list, tuple)):
+        for each in value.values() if isinstance(value, dict) else value:
+            refuse_infinite(topic, each)
 
 
 def cannot_travel(topic: str, error: Exception) -> PayloadError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from mesh.values import Value
@@ -27,8 +28,11 @@ class RetryPolicy(Value, frozen=True, kw_only=True):
         """Refuse numbers that make no sense."""
         if self.max_retries < 0:
             raise ValueError(f"max_retries must be 0 or more, was {self.max_retries}")
-        if self.first_delay_s < 0:
-            raise ValueError(f"first_delay_s must be 0 or more, was {self.first_delay_s}")
+        for name in ("first_delay_s", "factor", "max_delay_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, was {getattr(self, name)}")
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"jitter must be 0 to 1, was {self.jitter}")
 
     def delay_s(self, retry: int, chance: float | None = None) -> float:
         """
@@ -39,8 +43,10 @@ class RetryPolicy(Value, frozen=True, kw_only=True):
             chance: 0..1, decides the jitter; None draws one.
         """
         drawn = random.random() if chance is None else chance  # noqa: S311 - jitter, no secret
-        # The exponent is held: 2 ** 10_000 would raise where only max_delay_s matters
-        base = min(self.first_delay_s * self.factor ** min(retry - 1, 60), self.max_delay_s)
+        try:
+            base = min(self.first_delay_s * self.factor ** (retry - 1), self.max_delay_s)
+        except OverflowError:
+            base = self.max_delay_s if self.first_delay_s else 0.0
         return base * (1 + self.jitter * (2 * drawn - 1))
 
 

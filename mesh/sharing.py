@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mesh.events import key_of
 from mesh.replicas import slot_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def leave_to_others(batch: Batch, mine: Set[int]) -> int:
         How many events are another's.
     """
     came = len(batch.events) + len(batch.rejected or ())
-    batch.events = [event for event in batch.events if slot_of(event.key or event.id) in mine]
+    batch.events = [event for event in batch.events if slot_of(key_of(event)) in mine]
     if batch.rejected:
         # Its key cannot be read; all the same it is put aside once
         batch.rejected = [each for each in batch.rejected if slot_of(each[2]) in mine]

@@ -16,6 +16,7 @@ import msgspec
 from mesh.causality import current_event
 from mesh.context import HandlerContext, current_context
 from mesh.deadletters import go_on
+from mesh.events import key_of
 from mesh.handlers import Handler, own_copy
 from mesh.inbox import Arrival, make_inbox
 from mesh.ledger import IN_SETTLED, Ledger
@@ -160,7 +161,7 @@ class Slots:
         places: dict[int, list[int]] = {}
         for position, event in enumerate(arrival.events):
             # crc32, not hash(): the same key goes to the same slot in every process and run
-            number = zlib.crc32((event.key or event.id).encode()) % len(self._slots)
+            number = zlib.crc32(key_of(event).encode()) % len(self._slots)
             places.setdefault(number, []).append(position)
         dropped: list[tuple[int, int]] = []
         for number, positions in places.items():

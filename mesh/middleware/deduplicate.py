@@ -12,21 +12,25 @@ if TYPE_CHECKING:
 
 def once_per_id(remembered: int = 10_000) -> Middleware:
     """
-    Skip events whose id passed before; an event whose handler raised may come again.
+    Skip events that a handler has had before; an event whose handler raised may come again.
+
+    Given to a whole agent or registry, it counts for each handler by itself.
 
     Args:
         remembered: How many ids are kept; the oldest are forgotten.
     """
-    seen: OrderedDict[str, None] = OrderedDict()
+    seen: OrderedDict[tuple[str, Run], None] = OrderedDict()
 
     async def deduplicate(event: Event, proceed: Run) -> Any:
-        if event.id in seen:
+        # What comes next is another one around each handler
+        passed = event.id, proceed
+        if passed in seen:
             return None
-        seen[event.id] = None
+        seen[passed] = None
         try:
             result = await proceed(event)
         except BaseException:
-            seen.pop(event.id, None)
+            seen.pop(passed, None)
             raise
         while len(seen) > remembered:
             seen.popitem(last=False)

@@ -382,3 +382,12 @@ def test_a_published_event_reads_as_a_dict() -> None:
 
     assert sent.data["price"] == 1.0
     assert sent.data is sent.data
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [{"deep": float("-inf")}]])
+def test_what_json_has_not_is_refused_and_not_made_null(value: Any) -> None:
+    event = Event("t.x", {"value": value}, "mouth")
+
+    with pytest.raises(PayloadError, match="cannot travel as JSON: it holds"):
+        codec.encode_json(event)
+    assert codec.decode_frame("t.x", codec.encode_single(event)).events
