@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from mesh.account import account
@@ -9,7 +10,9 @@ from mesh.cli import say
 from mesh.ledger_views import LedgerView, percentile_us
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from mesh.dead_letter_queue import DeadGroup
 
 MARKET_DATA = "market.data.received"
 APPROVED = "trade.approved"
@@ -77,6 +80,14 @@ def make_report(
     }
 
 
+def by_reason(groups: Iterable[DeadGroup]) -> dict[str, int]:
+    """Count dead letters by reason, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for group in groups:
+        counts[group.reason] += group.count
+    return dict(counts.most_common())
+
+
 def show_report(report: Mapping[str, Any]) -> None:
     """Print a report for people."""
     say.table(("type", "events"), report["events_by_type"].items())
@@ -94,6 +105,7 @@ def show_report(report: Mapping[str, Any]) -> None:
         ("latency p50", say.micros(latency["p50"])),
         ("latency p99", say.micros(latency["p99"])),
         ("lost", report["lost"]),
+        ("dead letters", _reasons(report["dead_letters"])),
     ]
     say.line()
     say.table(("figure", "value"), [row for row in rows if row[1] is not None])
@@ -110,6 +122,12 @@ _MONEY = ("realised_pnl", "unrealised_pnl", "fees", "net_pnl")
 
 def _words(key: str) -> str:
     return key.replace("_pnl", " P&L").replace("_", " ")
+
+
+def _reasons(dead_letters: Mapping[str, int] | None) -> str | None:
+    if dead_letters is None:
+        return "unknown"
+    return ", ".join(f"{count} {reason}" for reason, count in dead_letters.items()) or None
 
 
 def _positions(positions: object) -> str | None:

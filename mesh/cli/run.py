@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,8 +53,11 @@ def run(
 
     Starts the agents of supervisord.conf, waits until the input has ended and everything that
     followed from it is handled, asks the portfolio for its account and takes everything down.
-    Ctrl-C ends it early, with the report so far. Exit code 0 when every agent was fine and nothing
-    was lost, 1 when something was lost, 70 when an agent failed.
+    Ctrl-C ends it early, with the report so far. What could not be handled is kept in a journal of
+    the run's own: `MESH_JOURNAL=run mesh dlq ls` lists it until the next run begins.
+
+    Exit code 0 when every agent was fine, nothing was lost and nothing put aside as a dead letter,
+    1 when something was, 70 when an agent failed.
 
     \b
     Example:
@@ -82,9 +86,22 @@ def run(
         say.as_json(report)
     else:
         show_report(report)
+    if report["dead_letters"]:
+        _tell_dead_letters(sum(report["dead_letters"].values()), directory, memory=memory)
     if any(each["problem"] for each in report["agents"].values()):
         sys.exit(EXIT_BUG)
-    sys.exit(EXIT_WRONG if report["lost"] else 0)
+    sys.exit(EXIT_WRONG if report["lost"] or report["dead_letters"] != {} else 0)
+
+
+def _tell_dead_letters(count: int, directory: str | None, *, memory: bool) -> None:
+    """Say how to read them."""
+    where = f" --dir {shlex.quote(directory)}" if directory else ""
+    how = f"`MESH_JOURNAL=run mesh dlq ls{where}` lists"
+    if memory:
+        how = f"they are gone with this process; after a run without --memory {how}"
+    else:
+        how = f"{how} them until the next run"
+    say.note(f"{say.counted(count, 'dead letter')}: {how}", "red")
 
 
 def _pipeline_params(

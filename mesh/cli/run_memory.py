@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from mesh.cli.report import make_report
+from mesh.cli import say
+from mesh.cli.report import by_reason, make_report
 from mesh.cli.signals import stop_signals, unless
 from mesh.cli.watching import LOOK_S, Watch
+from mesh.dead_letter_queue import DeadLetterQueue
 from mesh.errors import ConfigurationError, MeshError
 from mesh.inprocess import InProcessMesh
 from mesh.logs import set_up_logging
@@ -92,7 +94,7 @@ async def _run(mesh: InProcessMesh, stop: asyncio.Event) -> dict[str, Any]:
                     seconds=watch.seconds,
                     settled=quiet,
                     problems={**_failures(mesh), **problems},
-                )
+                ) | {"dead_letters": await _dead_letters(mesh)}
                 if problems:
                     # The mesh would raise the failure once more
                     raise _ToldError(report)
@@ -134,9 +136,16 @@ async def _portfolio(mesh: InProcessMesh) -> dict[str, Any]:
     return {}
 
 
+async def _dead_letters(mesh: InProcessMesh) -> dict[str, int]:
+    """Count what was put aside, by reason."""
+    for agent in mesh.agents.values():
+        await agent.consumer.dead_letters.written()
+    return by_reason(await DeadLetterQueue(await mesh.broker.open_journal()).groups())
+
+
 def _failures(mesh: InProcessMesh) -> dict[str, str]:
     return {
-        name: f"{view.failed} events could not be handled"
+        name: f"{say.counted(view.failed, 'event')} could not be handled"
         for name, view in mesh.views().items()
         if view.failed
     }

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from mesh.card import read_cards
 from mesh.cli import say
 from mesh.cli.exits import AgentFailedError
-from mesh.cli.report import make_report
+from mesh.cli.report import by_reason, make_report
 from mesh.cli.run_memory import REPORT_REQUESTED
 from mesh.cli.signals import stop_signals, unless
 from mesh.cli.starting import ready, tell_failures
 from mesh.cli.watching import Watch
+from mesh.dead_letter_queue import DeadLetterQueue
 from mesh.errors import EXIT_CONFIGURATION, ConfigurationError, MeshError
 from mesh.factory import make_broker
 from mesh.journal import cannot_keep
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 #: Under this name the report is asked for.
 _ASKER = "mesh-run"
 _GUARD_S = 0.2
-#: A run keeps its durable events apart: they are no part of what `mesh up` keeps here.
-_JOURNAL = "run"
+#: A run keeps its durable events and dead letters apart: they are no part of what `mesh up` keeps.
+JOURNAL = "run"
 
 
 async def run_processes(
@@ -67,24 +68,36 @@ async def run_processes(
             params=params,
             agents=agents,
             broker_type=config.broker_type,
-            environment={"MESH_JOURNAL": _JOURNAL},
+            environment={"MESH_JOURNAL": JOURNAL},
             on_free=partial(_begin_journal, place, config, agents),
             on_wait=say.note,
         )
         run = _Run(rundir, config, stop)
         try:
-            return await run.report()
+            report = await run.report()
         finally:
             await run.close()
             with contextlib.suppress(SupervisorError):
                 await boot.down(rundir)
+    # Not before the agents have ended: until then they may still write letters out
+    return report | {"dead_letters": await _dead_letters(config, rundir)}
+
+
+async def _dead_letters(config: MessageBusConfig, rundir: RunDir) -> dict[str, int] | None:
+    """Count what the run has put aside, by reason; None when its journal does not answer."""
+    try:
+        async with _any_journal(config, rundir) as journal:
+            return by_reason(await DeadLetterQueue(journal).groups())
+    except MeshError as error:
+        say.note(f"dead letters cannot be counted: {error}", "red")
+        return None
 
 
 async def _begin_journal(
     place: Place, config: MessageBusConfig, agents: Collection[str] | None
 ) -> None:
     """A run begins with nothing kept: what the last one kept goes."""
-    journal = make_broker(config, place.rundir.path, journal=_JOURNAL).make_journal()
+    journal = make_broker(config, place.rundir.path, journal=JOURNAL).make_journal()
     try:
         await journal.connect()
     except ConfigurationError as error:
@@ -100,7 +113,7 @@ async def _begin_journal(
 def _any_journal(config: MessageBusConfig, rundir: RunDir) -> Journal:
     """Give the run's journal, to look and to erase; who must keep something in it is stricter."""
     lenient = replace(config, redis_allow_volatile=True)
-    return make_broker(lenient, rundir.path, journal=_JOURNAL).make_journal()
+    return make_broker(lenient, rundir.path, journal=JOURNAL).make_journal()
 
 
 class _Run:
@@ -243,7 +256,7 @@ class _Run:
             elif view is not None and view.sources == "failed":
                 problems[program.name] = "its source failed"
             elif view is not None and view.failed:
-                problems[program.name] = f"{view.failed} events could not be handled"
+                problems[program.name] = f"{say.counted(view.failed, 'event')} could not be handled"
         return problems
 
 

@@ -103,6 +103,11 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24}h"
 
 
+def counted(count: int, noun: str) -> str:
+    """Show a number of things: ``1 event``, ``2 events``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def size(count: float) -> str:
     """Show bytes in one unit."""
     for unit in ("bytes", "KiB", "MiB"):

@@ -123,6 +123,18 @@ def test_a_run_in_memory_reports(project: Path) -> None:
     assert set(report["agents"]) >= {"market_data", "portfolio"}
 
 
+def test_a_run_counts_what_was_put_aside(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEGION_MAX_HOPS", "2")
+
+    ended = run_mesh("run", "--bars", "2000", "--memory", "--json", cwd=project)
+
+    report = json.loads(ended.out)
+    assert report["dead_letters"] == {"hops": report["orders"]}
+    assert report["orders"] > 0
+    assert ended.code == 1
+    assert "they are gone with this process" in ended.err
+
+
 def test_an_unknown_agent_is_refused(project: Path) -> None:
     refused = call("run", "--memory", "--agents", "nobody")
 

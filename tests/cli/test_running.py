@@ -118,6 +118,22 @@ def test_a_project_from_nothing_runs(tmp_path: Path) -> None:
     assert stopped.code == 0, stopped
 
 
+def test_a_run_says_how_its_dead_letters_are_read(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEGION_MAX_HOPS", "2")
+
+    ended = run_mesh("run", "--bars", "2000", "--speed", "max", cwd=project)
+    monkeypatch.setenv("MESH_JOURNAL", "run")
+    told = json.loads(run_mesh("dlq", "ls", "--json", cwd=project).out)
+
+    row = next(line for line in ended.out.splitlines() if line.startswith("dead letters"))
+    assert row.split() == ["dead", "letters", str(told["total"]), "hops"]
+    assert ended.code == 1
+    assert "`MESH_JOURNAL=run mesh dlq ls` lists them" in ended.err
+    assert told["total"] > 0
+
+
 async def test_ctrl_c_ends_a_run_with_its_report(project: Path, own_mesh_dir: Path) -> None:
     async with running(MESH, "run", "--speed", "100", "--json", cwd=project) as process:
         ledger = own_mesh_dir / "ledger" / "portfolio"
