@@ -222,9 +222,12 @@ def test_a_journal_stays_in_the_run_directory(
 
 
 def test_new_writes_what_the_projects_types_declare(project: Path) -> None:
-    made = call("new", "seer", "--hears", "features.computed", "--says", "signal.generated")
+    # In a process of its own: this one may have imported the payloads before
+    made = run_mesh(
+        "new", "seer", "--hears", "features.computed", "--says", "signal.generated", cwd=project
+    )
 
-    assert made.exit_code == 0, made.output
+    assert made.code == 0, made
     script = (project / "agents" / "seer.py").read_text()
     assert "import agents.payloads" in script
     assert '"target": 1' in script
