@@ -88,25 +88,23 @@ class Feed:
     def rows(self) -> Iterator[Row]:
         """Give the usable rows, in order; the others are counted."""
         with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            reader = csv.reader(file, delimiter=self._dialect)
             skip_header = self._has_header
-            while True:
-                try:
-                    cells = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    self._complain(reader.line_num, str(error))
-                    continue
-                if not any(cell.strip() for cell in cells):
-                    continue
+            for number, line in enumerate(file, 1):
+                if not line.strip(f'{self._dialect}" \t\r\n'):
+                    continue  # without any content
                 if skip_header:
                     skip_header = False
                     continue
                 try:
-                    yield self._row(reader.line_num, cells)
-                except ValueError as error:
-                    self._complain(reader.line_num, str(error))
+                    yield self._row(number, self._cells(line))
+                except (ValueError, csv.Error) as error:
+                    self._complain(number, str(error))
+
+    def _cells(self, line: str) -> list[str]:
+        """Read a line by itself: a quote that is not closed would swallow those after it."""
+        if line.count('"') % 2:
+            raise ValueError("a quote is not closed")
+        return next(csv.reader((line,), delimiter=self._dialect))
 
     def _by_header(self, cells: list[str]) -> dict[str, int]:
         columns = {name: index for index, name in enumerate(cells)}

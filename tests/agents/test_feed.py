@@ -73,6 +73,19 @@ def test_bad_rows_are_counted_and_told_with_their_line(tmp_path: Path) -> None:
     assert feed.examples[0].startswith("line 3: bid nan")
 
 
+def test_a_stray_quote_spoils_its_own_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "ticks.csv"
+    good = [f'"{MOMENT}","1",2', f'{MOMENT},1,"2"']
+    path.write_text("\n".join(["timestamp,bid,ask", *good, f'"{MOMENT},1,2', *good * 50]))
+    feed = Feed(path)
+
+    feed.check()
+    rows = list(feed.rows())
+
+    assert len(rows) == 102
+    assert (feed.bad_rows, feed.examples) == (1, ["line 4: a quote is not closed"])
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
