@@ -253,6 +253,18 @@ def test_a_script_that_nobody_starts_is_told(project: Path) -> None:
         assert "is no program" not in loaded.err
 
 
+def test_a_reload_names_scripts_that_were_edited(project: Path) -> None:
+    with mesh_up(project):
+        before = run_mesh("reload", cwd=project)
+        later_s = time.time() + 60  # the mesh may be younger than a file's clock can tell
+        os.utime(project / "agents" / "risk.py", (later_s, later_s))
+
+        told = run_mesh("reload", cwd=project)
+
+        assert (told.code, "edited" in before.err) == (0, False), (before, told)
+        assert "edited since its start: `mesh restart risk` takes that up" in told.err
+
+
 @pytest.mark.parametrize(
     "options",
     [
