@@ -95,6 +95,27 @@ def _is_found_at(name: str, path: Path) -> bool:
 
 
 def _last_words(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f"  {frames[-1].filename}:{frames[-1].lineno}\n" if frames else ""
-    return where + "".join(traceback.format_exception_only(error)).strip()
+    """Give an error in words; its place ends the last line, which is all that some faces show."""
+    words = "".join(traceback.format_exception_only(error)).strip()
+    return f"{words} ({_place_of(error)})"
+
+
+def _place_of(error: Exception) -> str:
+    """Name the innermost line of the project's own code that an error went through."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        places = [(Path(error.filename), error.lineno)]
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [(Path(frame.filename), frame.lineno) for frame in frames]
+    root = Path.cwd()
+    path, line = ([each for each in places if _is_own(each[0], root)] or places)[-1]
+    return f"{path.relative_to(root) if path.is_relative_to(root) else path}, line {line}"
+
+
+def _is_own(path: Path, root: Path) -> bool:
+    """Say whether a file is the project's, and neither installed nor of the mesh itself."""
+    return (
+        path.is_relative_to(root)
+        and "site-packages" not in path.parts
+        and not path.is_relative_to(Path(__file__).parent)
+    )

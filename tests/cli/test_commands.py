@@ -135,6 +135,30 @@ def test_a_run_counts_what_was_put_aside(project: Path, monkeypatch: pytest.Monk
     assert "they are gone with this process" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("class (", "SyntaxError: invalid syntax (agents/broken.py, line 3)"),
+        ("int('x')", "invalid literal for int() with base 10: 'x' (agents/broken.py, line 3)"),
+        ("import decimal; decimal.Decimal(1) / 0", "DivisionByZero'>] (agents/broken.py, line 3)"),
+        ("import agents.worse", "SyntaxError: invalid syntax (agents/worse.py, line 1)"),
+    ],
+)
+def test_a_script_that_does_not_load_is_told_with_its_line(
+    project: Path, line: str, words: str
+) -> None:
+    """The words end with it: of a failed program the last line is shown."""
+    (project / "agents" / "broken.py").write_text(f"import json\n\n{line}\n")
+    (project / "agents" / "worse.py").write_text("class (\n")
+    command = f"{sys.executable} -m mesh.runtime agents/broken.py"
+    (project / "supervisord.conf").write_text(f"[program:broken]\ncommand={command}\n")
+
+    refused = run_mesh("run", "--memory", cwd=project)
+
+    assert refused.code == 1
+    assert refused.err.splitlines()[-1].endswith(words)
+
+
 def test_an_unknown_agent_is_refused(project: Path) -> None:
     refused = call("run", "--memory", "--agents", "nobody")
 
