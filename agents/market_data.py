@@ -96,7 +96,9 @@ class MarketData(Agent):
             return
         for example in feed.examples:
             self.log.warning("%s: skipped %s", feed.path, example)
-        self.log.warning("%s: skipped %d bad rows of %d", feed.path, feed.bad_rows, rows)
+        self.log.warning(
+            "%s: skipped %d of %d rows", feed.path, feed.bad_rows, rows + feed.bad_rows
+        )
         self.context.ledger.count("bad_rows", feed.bad_rows)
         report = FeedReport(rows, feed.bad_rows, feed.examples)
         await self.publish(EventType.MARKET_FEED_LOST, report)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agents.feed import Feed, parse_time
-from mesh import ConfigurationError
+from agents.market_data import MarketData
+from mesh import ConfigurationError, EventType
+from mesh.testing import AgentHarness
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,6 +86,19 @@ def test_a_stray_quote_spoils_its_own_line_alone(tmp_path: Path) -> None:
 
     assert len(rows) == 102
     assert (feed.bad_rows, feed.examples) == (1, ["line 4: a quote is not closed"])
+
+
+async def test_the_agent_says_how_many_rows_it_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "ticks.csv"
+    path.write_text("\n".join(["timestamp,bid,ask", *[f"{MOMENT},1,2"] * 3, *"abcd"]))
+
+    async with AgentHarness(MarketData, params={"csv": str(path)}) as harness:
+        report = (await harness.expect(EventType.MARKET_FEED_LOST)).data
+
+    assert (report["rows"], report["bad_rows"]) == (3, 4)
+    assert f"{path}: skipped 4 of 7 rows" in caplog.messages
 
 
 @pytest.mark.parametrize(
