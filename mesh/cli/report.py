@@ -96,7 +96,6 @@ def show_report(report: Mapping[str, Any]) -> None:
         ("market events", report["market_events"]),
         ("orders", report["orders"]),
         ("fills", report["fills"]),
-        ("fills digest", report["fills_digest"]),
         *((_words(key), report[key]) for key in _MONEY if report.get(key) is not None),
         ("positions", _positions(report.get("positions"))),
         ("bad rows skipped", report["bad_rows"] or None),
@@ -109,6 +108,10 @@ def show_report(report: Mapping[str, Any]) -> None:
     ]
     say.line()
     say.table(("figure", "value"), [row for row in rows if row[1] is not None])
+    if report["fills_digest"]:
+        # Not in the table: to be compared it has to stand in one line of any terminal
+        say.line()
+        say.line(f"fills digest  {report['fills_digest']}")
     if report["lost_by_link"]:
         say.line()
         say.table(("link", "lost"), report["lost_by_link"].items())

@@ -66,10 +66,7 @@ def table(
     if is_terminal():
         from rich.console import Console
 
-        made = rich_table(columns, cells, colours)
-        console = Console()
-        # A line too long for the terminal is folded by it: nothing is cut away
-        console.print(made, width=max(console.width, console.measure(made).maximum), crop=False)
+        Console().print(rich_table(columns, cells, colours))
         return
     widths = [max(len(cell) for cell in column) for column in zip(columns, *cells, strict=True)]
     for row in ([name.upper() for name in columns], *cells):
@@ -85,7 +82,10 @@ def rich_table(
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        # A word too long for the terminal goes on in the next line: nothing is cut away
+        made.add_column(name, overflow="fold")
     for number, row in enumerate(rows):
         style = colours[number] if number < len(colours) else ""
         made.add_row(*(Text(_cell(value)) for value in row), style=style or None)
@@ -118,10 +118,14 @@ def size(count: float) -> str:
 
 
 def micros(value: float | None) -> str:
-    """Show microseconds."""
+    """Show a time given in microseconds, in the unit that it fills."""
     if value is None:
         return "-"
-    return f"{value:.0f}us" if value < 10_000 else f"{value / 1000:.0f}ms"
+    if value < 999.5:
+        return f"{value:.0f}us"
+    if value < 999_500:
+        return f"{value / 1e3:.1f}ms" if value < 9_950 else f"{value / 1e3:.0f}ms"
+    return f"{value / 1e6:.1f}s"
 
 
 def _cell(value: object) -> str:

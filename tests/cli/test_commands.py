@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from mesh.cli.logbook import Followed
 from mesh.cli.main import COMMANDS, cli
-from mesh.cli.say import clean
+from mesh.cli.say import clean, micros, table
 from mesh.cli.templates import agent_script, sample_of
 from tests.plumbing.processes import MESH, ROOT, run_mesh, run_python
 
@@ -343,6 +343,36 @@ def test_a_project_begins_with_the_programs_of_our_own(tmp_path: Path) -> None:
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert clean("a\x1b[2Jb\x07\u202ec\td") == "a\\x1b[2Jb\\x07\\x202ec\td"
+
+
+@pytest.mark.parametrize(
+    ("us", "shown"),
+    [
+        (None, "-"),
+        (0.4, "0us"),
+        (999.4, "999us"),
+        (999.6, "1.0ms"),
+        (4871, "4.9ms"),
+        (9960, "10ms"),
+        (156_000, "156ms"),
+        (999_600, "1.0s"),
+        (67_000_000, "67.0s"),
+    ],
+)
+def test_a_latency_is_shown_in_the_unit_it_fills(us: float | None, shown: str) -> None:
+    assert micros(us) == shown
+
+
+def test_a_narrow_terminal_cuts_nothing_away(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+
+    table(("figure", "value"), [("digest", "0123456789" * 6)])
+
+    shown = capsys.readouterr().out
+    assert "".join(shown.split()).endswith("0123456789" * 6)
 
 
 def test_logs_merge_by_time(rundir: Path) -> None:
