@@ -62,6 +62,7 @@ def run(
     \b
     Example:
       mesh run --csv bars.csv --speed max
+      mesh run --csv usdjpy.csv --param symbol=USDJPY     [default: BTCUSD]
       mesh run --bars 5000 --memory --json
     """  # noqa: D301
     place = Place.find(directory, fallback=Path(__file__).resolve().parents[2])

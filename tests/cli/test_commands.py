@@ -159,6 +159,15 @@ def test_a_script_that_does_not_load_is_told_with_its_line(
     assert refused.err.splitlines()[-1].endswith(words)
 
 
+def test_a_run_can_name_the_symbol_of_its_market(project: Path) -> None:
+    options = ("--bars", "5000", "--memory", "--json", "--param", "symbol=USDJPY")
+
+    report = json.loads(run_mesh("run", *options, cwd=project).out)
+
+    assert "--param symbol=USDJPY" in call("run", "--help").output
+    assert set(report["positions"]) == {"USDJPY"}
+
+
 def test_an_unknown_agent_is_refused(project: Path) -> None:
     refused = call("run", "--memory", "--agents", "nobody")
 
