@@ -159,6 +159,7 @@ def show(letter_id: str, json_form: bool, directory: str | None) -> None:
     "--rate",
     metavar="N",
     type=click.FloatRange(min=0),
+    callback=lambda _context, _option, rate: _finite(rate),
     default=100.0,
     show_default=True,
     help="At most so many a second; 0: as fast as it goes.",
@@ -347,6 +348,13 @@ async def _look(
         groups = await queue.groups(query)
         found = await queue.ls(query, letters) if letters else []
         return sum(each.count for each in groups), groups, found
+
+
+def _finite(rate: float) -> float:
+    # NaN is neither below nor above any limit
+    if not math.isfinite(rate):
+        raise click.BadParameter(f"{rate} is no number of letters a second; 0 is without limit")
+    return rate
 
 
 def _edited(letter: DeadLetter) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def parse_payload(text: str) -> dict[str, Any]:
         PayloadError: It is no JSON, or no object.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"JSON cannot be read: {error}") from error
     if not isinstance(value, dict):
@@ -93,6 +94,14 @@ def parse_payload(text: str) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    """Read a number; one that is too large would silently become infinite."""
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:40]} is too large for a number")
+    return number
 
 
 def load_schemas(project: Path) -> None:

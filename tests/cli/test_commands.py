@@ -82,6 +82,7 @@ def test_without_a_mesh_the_exit_code_is_3(project: Path, words: list[str]) -> N
         ("hello", "{", "cannot be read"),
         ("hello", "[1]", "must be an object"),
         ("hello", '{"x": NaN}', "NaN"),
+        ("hello", '{"x": [-1e999]}', "-1e999 is too large for a number"),
     ],
 )
 def test_an_event_that_cannot_travel_is_refused(topic: str, data: str, words: str) -> None:

@@ -147,6 +147,17 @@ def test_show_tells_all_of_a_letter(rundir: Path) -> None:
     assert call("show", "b").exit_code == 1
 
 
+@pytest.mark.parametrize("rate", ["nan", "inf", "-inf", "-1", "many"])
+def test_a_replay_wants_a_rate_that_is_a_number(rundir: Path, rate: str) -> None:
+    bury(rundir, failed("a"))
+
+    refused = call("replay", "--all", "--rate", rate)
+
+    assert refused.exit_code == 2
+    assert "--rate" in refused.output
+    assert told("ls")["total"] == 1
+
+
 @pytest.mark.parametrize("command", ["replay", "purge"])
 def test_forgetting_to_choose_does_not_mean_all(rundir: Path, command: str) -> None:
     bury(rundir, failed("a"))
@@ -183,6 +194,7 @@ def test_an_edit_keeps_the_rest_of_the_letter(rundir: Path) -> None:
     assert letter_now["attempts"] == 4
     assert letter_now["history"][0]["error"] == 'edited; it was {"n": 1}'
     assert call("edit", "a", "no json").exit_code == 65
+    assert call("edit", "a", '{"n": 1e999}').exit_code == 65
     assert call("edit", "a").exit_code == 2
     assert call("edit", "b", "{}").exit_code == 1
 
