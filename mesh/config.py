@@ -19,6 +19,8 @@ from mesh.topics import is_topic
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from mesh.redis_link.access import Url
+
 BROKER_TYPES = ("memory", "zmq", "redis")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 WIRE_FORMATS = ("msgpack", "json")
@@ -311,14 +313,21 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_redis_url(value: Any) -> bool:
-    if value is None:
-        return True
+    # Port 0 would pass for one that is left out
+    return value is None or (_said_by(value) is not None and urlsplit(str(value)).port != 0)
+
+
+def _said_by(url: Any) -> Url | None:
+    """Give what a Redis URL says; None when there is none, or it cannot be read."""
+    if url is None:
+        return None
+    # Not above: a mesh without Redis need not load what talks to it
+    from mesh.redis_link.access import parse_url
+
     try:
-        parts = urlsplit(str(value))
-        known = parts.port is None or 0 < parts.port < 65536
-    except ValueError:
-        return False
-    return known and parts.scheme in ("redis", "rediss", "unix")
+        return parse_url(str(url))
+    except ConfigurationError:
+        return None
 
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -389,6 +398,34 @@ def _contradictions(values: Mapping[str, Any], named: Mapping[str, str]) -> list
         problems.append(
             f"{say('redis_tls', 'redis_socket')}: a Unix socket needs no TLS; unset one of them"
         )
+    if values["redis_cluster"] and values["redis_db"]:
+        problems.append(f"{say('redis_cluster', 'redis_db')}: {_CLUSTER_DB}")
+    said = _said_by(values["redis_url"])
+    return problems if said is None else problems + _against_url(said, values, say)
+
+
+_CLUSTER_DB = "a cluster has no database but 0; unset one of them"
+
+
+def _against_url(said: Url, values: Mapping[str, Any], say: Callable[..., str]) -> list[str]:
+    """Name settings that say something else than the Redis URL."""
+    problems = [
+        f"{say('redis_url', name)}: each says another {what}; set one of them"
+        for name, mine, what in (
+            ("redis_db", said.db, "database"),
+            ("redis_username", said.username, "user"),
+            ("redis_password", said.password, "password"),
+        )
+        if mine and values[name] and mine != values[name]
+    ]
+    is_socket = said.address.path is not None
+    if values["redis_tls"] and not said.tls:
+        todo = "a Unix socket needs no TLS; unset one of them" if is_socket else "write rediss://"
+        problems.append(f"{say('redis_url', 'redis_tls')}: {todo}")
+    if values["redis_cluster"] and is_socket:
+        problems.append(f"{say('redis_cluster', 'redis_url')}: a Unix socket leads to one server")
+    if values["redis_cluster"] and said.db:
+        problems.append(f"{say('redis_cluster', 'redis_url')}: {_CLUSTER_DB}")
     return problems
 
 

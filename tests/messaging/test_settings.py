@@ -169,9 +169,64 @@ def test_settings_that_cannot_hold_together_are_named_like_the_others() -> None:
             "REDIS_TLS=True and REDIS_SOCKET=/run/redis.sock: a Unix socket needs no TLS; unset one"
             " of them"
         ),
+        "REDIS_URL=redis://ann:***@one.example and REDIS_TLS=True: write rediss://",
     ]
     with pytest.raises(ConfigurationError, match="redis_url=redis://h and redis_port=1: each says"):
         MessageBusConfig(redis_url="redis://h", redis_port=1)
+
+
+URL = f"redis://ann:{SECRET}@h"
+SHOWN = "REDIS_URL=redis://ann:***@h"
+
+
+@pytest.mark.parametrize(
+    ("environ", "problems"),
+    [
+        ({"REDIS_URL": f"{URL}/abc"}, [f"{SHOWN}/abc: must be redis://HOST:PORT/DB"]),
+        (
+            {"REDIS_URL": f"{URL}/5", "REDIS_DB": "3"},
+            [f"{SHOWN}/5 and REDIS_DB=3: each says another database"],
+        ),
+        (
+            {"REDIS_URL": URL, "REDIS_PASSWORD": f"{SECRET}!", "REDIS_USERNAME": "bob"},
+            [
+                f"{SHOWN} and REDIS_USERNAME=bob: each says another user",
+                f"{SHOWN} and REDIS_PASSWORD=***: each says another password",
+            ],
+        ),
+        ({"REDIS_URL": URL, "REDIS_TLS": "true"}, [f"{SHOWN} and REDIS_TLS=True: write rediss://"]),
+        (
+            {"REDIS_URL": "unix:///s", "REDIS_TLS": "true", "LEGION_REDIS_CLUSTER": "yes"},
+            [
+                "REDIS_URL=unix:///s and REDIS_TLS=True: a Unix socket needs no TLS",
+                "LEGION_REDIS_CLUSTER=True and REDIS_URL=unix:///s: a Unix socket leads to one",
+            ],
+        ),
+        (
+            {"REDIS_DB": "3", "LEGION_REDIS_CLUSTER": "yes"},
+            ["LEGION_REDIS_CLUSTER=True and REDIS_DB=3: a cluster has no database but 0"],
+        ),
+        (
+            {"REDIS_URL": f"{URL}/3", "LEGION_REDIS_CLUSTER": "yes"},
+            [f"LEGION_REDIS_CLUSTER=True and {SHOWN}/3: a cluster has no database but 0"],
+        ),
+    ],
+)
+def test_what_a_url_says_and_what_others_say_is_the_same(
+    environ: dict[str, str], problems: list[str]
+) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        MessageBusConfig.from_env(environ)
+
+    pairs = zip(refused.value.problems, problems, strict=True)
+    assert [found[: len(wanted)] for found, wanted in pairs] == problems
+    assert SECRET not in str(refused.value)
+
+
+def test_a_url_may_repeat_what_others_say() -> None:
+    same = {"REDIS_DB": "5", "REDIS_USERNAME": "ann", "REDIS_PASSWORD": SECRET}
+
+    assert MessageBusConfig.from_env({"REDIS_URL": f"{URL}/5", **same}).redis_db == 5
 
 
 @pytest.mark.parametrize(
