@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ from mesh.errors import PayloadError, TopicError
 from mesh.events import declare_durable
 from mesh.factory import make_broker
 from mesh.publisher import EventPublisher, PublisherConfig
+from mesh.replicas import group_of
 from mesh.topics import PRIVATE_PREFIX, check_topic
 
 if TYPE_CHECKING:
@@ -50,7 +52,8 @@ def publish(
 
     \b
     Example:
-      mesh publish hello.asked '{"name": "Ada"}'
+      mesh new till --hears customer.came && mesh reload
+      mesh publish customer.came '{"name": "Ada"}'
       echo '{"limit": 3}' | mesh publish risk.limits.changed -
     """  # noqa: D301
     topic = check_topic(event_type)
@@ -69,7 +72,7 @@ def publish(
     if json_form:
         say.as_json({"event": event.to_dict(), "heard_by": listeners})
     else:
-        say.line(f"said {topic} {event.id}; heard by {', '.join(listeners) or 'no agent'}")
+        say.line(f"said {topic} {event.id}; heard by {_folded(listeners)}")
     if not listeners:
         say.note(
             f"no agent of this mesh hears {topic}; `mesh agents` lists what they hear", "yellow"
@@ -120,6 +123,13 @@ def load_schemas(project: Path) -> None:
 def _listeners(rundir: RunDir, topic: str) -> list[str]:
     cards = read_cards(rundir).values()
     return sorted(card.name for card in cards if topic in card.hears and card.state == "ready")
+
+
+def _folded(listeners: list[str]) -> str:
+    """Name each agent once: its replicas share what it hears."""
+    counts = Counter(map(group_of, listeners))
+    shown = [name if count == 1 else f"{name} ({count} replicas)" for name, count in counts.items()]
+    return ", ".join(shown) or "no agent"
 
 
 async def _publish(

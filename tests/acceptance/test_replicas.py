@@ -183,6 +183,15 @@ async def test_scaling_under_load_loses_nothing_and_disturbs_nobody(
         assert after == before
 
 
+async def test_a_publish_names_an_agent_and_not_each_replica(project: Path) -> None:
+    async with mesh_up(project):
+        await mesh(project, "scale", "idle", "2")
+
+        said = await mesh(project, "publish", "nothing.said", "{}")
+
+        assert "heard by idle (2 replicas)\n" in said.out
+
+
 async def test_the_number_of_replicas_outlives_the_mesh(project: Path) -> None:
     async with mesh_up(project):
         await mesh(project, "scale", "idle", "2")
