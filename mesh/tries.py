@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from mesh import codec
-from mesh.errors import BrokerUnavailableError, FrameError, PayloadError, words_of
+from mesh.errors import BrokerUnavailableError, FrameError, PayloadError
 from mesh.ledger import Ledger
 from mesh.outcomes import Outcome, Reject, Retry, Skip
 from mesh.retry import RetryPolicy
@@ -176,7 +176,7 @@ class Tries:
             event.type,
             event.id,
             attempts,
-            words_of(failure),
+            letter.error,
             # An outage is no surprise, and no place in the handler
             exc_info=None if isinstance(failure, (Outcome, BrokerUnavailableError)) else failure,
         )

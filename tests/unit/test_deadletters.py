@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from mesh import Agent, on
 from mesh.deadletters import (
     MAX_FRAME_BYTES,
     Attempt,
@@ -17,10 +18,13 @@ from mesh.deadletters import (
 from mesh.errors import BrokerUnavailableError
 from mesh.events import Event
 from mesh.journals.memory import MemoryJournal
+from mesh.testing import AgentHarness
 from tests.plumbing.journals import letter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import pytest
 
 
 def _event() -> Event:
@@ -51,6 +55,22 @@ def test_errors_of_one_place_share_a_hash() -> None:
     assert traceback_hash(one) == traceback_hash(other) != ""
     assert traceback_hash(one) != traceback_hash(_raised(KeyError, "price 1"))
     assert traceback_hash(ValueError("never raised")) == ""
+
+
+async def test_the_log_names_the_class_of_what_a_handler_raised(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Buyer(Agent):
+        @on("order", max_retries=0)
+        async def on_order(self, event: Event) -> None:
+            raise KeyError("price")
+
+    async with AgentHarness(Buyer) as harness:
+        await harness.say("order", {})
+        await harness.mesh.quiet()
+
+    (told,) = [each for each in caplog.messages if "put aside" in each]
+    assert told.endswith("the event was put aside: KeyError: 'price'")
 
 
 def test_an_event_is_kept_with_its_failure() -> None:
