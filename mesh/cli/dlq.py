@@ -312,14 +312,15 @@ def purge(
     if not meant:
         _end_with_nothing(json_form=json_form)
     if not dry_run and not yes:
+        letters = say.counted(meant, "dead letter")
         if not say.is_terminal(sys.stdin):
-            raise click.UsageError(f"{meant} dead letters would go for good; say --yes to mean it")
-        click.confirm(f"Throw {meant} dead letters away for good?", abort=True)
+            raise click.UsageError(f"{letters} would go for good; say --yes to mean it")
+        click.confirm(f"Throw {letters} away for good?", abort=True)
     gone = meant if dry_run else asyncio.run(throw(away=True))
     if json_form:
         say.as_json({"dry_run": dry_run, "purged": gone})
     else:
-        say.line(f"{'would throw' if dry_run else 'threw'} {gone} dead letters away")
+        say.line(f"{'would throw' if dry_run else 'threw'} {say.counted(gone, 'dead letter')} away")
 
 
 # -- what they share -----------------------------------------------------------------------------
@@ -377,7 +378,8 @@ def _end_with_nothing(*, json_form: bool) -> NoReturn:
 def _tell_time(count: float, rate: float) -> None:
     if count > rate * _LONG_S:
         took = say.duration(count / rate)
-        say.note(f"{count:.0f} dead letters at {rate:g} a second take {took}; Ctrl-C stops")
+        letters = say.counted(int(count), "dead letter")
+        say.note(f"sending {letters} at {rate:g} a second takes {took}; Ctrl-C stops")
 
 
 def _tell_absent(rundir: RunDir, known: KnownAgents, report: ReplayReport) -> None:

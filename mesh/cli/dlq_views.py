@@ -67,9 +67,10 @@ def show_groups(groups: Sequence[DeadGroup], limit: int, total: int) -> None:
             for each in groups[:limit]
         ],
     )
-    say.line(f"{total} dead letters in {len(groups)} groups")
+    say.line(f"{say.counted(total, 'dead letter')} in {say.counted(len(groups), 'group')}")
     if len(groups) > limit:
-        say.note(f"{len(groups) - limit} smaller groups are not shown; --limit shows more")
+        hidden = say.counted(len(groups) - limit, "smaller group")
+        say.note(f"not shown: {hidden}; --limit shows more")
 
 
 def show_letters(letters: Sequence[DeadLetter], total: int) -> None:
@@ -92,7 +93,8 @@ def show_letters(letters: Sequence[DeadLetter], total: int) -> None:
         ],
     )
     if len(letters) < total:
-        say.note(f"{total - len(letters)} older letters are not shown; --limit shows more")
+        hidden = say.counted(total - len(letters), "older letter")
+        say.note(f"not shown: {hidden}; --limit shows more")
 
 
 def show_letter(letter: DeadLetter) -> None:
@@ -101,11 +103,11 @@ def show_letter(letter: DeadLetter) -> None:
     say.line(f"letter   {letter.id}")
     say.line(f"agent    {letter.agent}{handler}")
     say.line(f"type     {letter.topic}")
-    say.line(f"reason   {letter.reason} after {letter.attempts} tries")
+    say.line(f"reason   {letter.reason} after {say.counted(letter.attempts, 'try', 'tries')}")
     say.line(f"failed   {_moment(letter.at_s)}, first {_moment(letter.first_at_s)}")
     say.line(f"error    {letter.error}", "red")
     if letter.traceback_hash:
-        say.line(f"place    {letter.traceback_hash}")
+        say.line(f"place    {letter.traceback_hash}: the same for all errors of the same lines")
     if letter.event is None:
         say.line(f"bytes    {(letter.frame or b'')[:_BYTES]!r}")
     else:
@@ -131,8 +133,8 @@ def show_report(report: ReplayReport) -> None:
         to = f"{agent}.{handler}" if handler else f"all handlers of {agent}"
         say.line(f"{count} {would} to {to}", "green")
     for topic, count in report.published.items():
-        again = "would be published" if report.dry_run else "were published"
-        say.line(f"{count} {again} again as {topic}", "green")
+        again = "would be published" if report.dry_run else "published"
+        say.line(f"{again} again as {topic}: {count}", "green")
     for each in report.refused[:_REFUSED]:
         say.line(f"refused {each.id}: {each.why}", "yellow")
     if len(report.refused) > _REFUSED:

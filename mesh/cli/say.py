@@ -103,9 +103,9 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24}h"
 
 
-def counted(count: int, noun: str) -> str:
-    """Show a number of things: ``1 event``, ``2 events``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def counted(count: int, one: str, many: str = "") -> str:
+    """Show a number of things: ``1 event``, ``2 events``; `many` where an s does not make it."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def size(count: float) -> str:

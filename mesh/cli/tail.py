@@ -99,12 +99,13 @@ async def _listen(
                 if durable:
                     await exits.enter_async_context(Follower(broker, durable, show))
                 await consumer.start()
-                say.note(f"listening to {len(topics)} types in {rundir.path}; Ctrl-C ends")
+                types = say.counted(len(topics), "type")
+                say.note(f"listening to {types} in {rundir.path}; Ctrl-C ends")
                 await stop.wait()
                 await consumer.stop()
             missed = consumer.ledger.lost() + consumer.ledger.counts().get("overflow", 0)
             if missed and shown != count:
-                say.note(f"{missed} events came too fast to be shown", "yellow")
+                say.note(f"{say.counted(missed, 'event')} came too fast to be shown", "yellow")
 
 
 def _durable(rundir: RunDir, topics: list[str]) -> list[str]:

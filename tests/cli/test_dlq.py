@@ -136,12 +136,14 @@ def test_ten_thousand_letters_are_listed_right(rundir: Path) -> None:
 
 
 def test_show_tells_all_of_a_letter(rundir: Path) -> None:
-    bury(rundir, failed("a"))
+    bury(rundir, failed("a", traceback_hash="8d170e44346b"))
 
     shown = call("show", "a")
 
     assert "agent    risk, handler check" in shown.stdout
+    assert "reason   failed after 4 tries" in shown.stdout
     assert "ValueError: no" in shown.stdout
+    assert "place    8d170e44346b: the same for all errors of the same lines" in shown.stdout
     assert '"n": 1' in shown.stdout
     assert told("show", "a")["event"]["data"] == {"n": 1}
     assert call("show", "b").exit_code == 1
@@ -175,7 +177,7 @@ def test_a_purge_asks_and_in_a_pipe_wants_a_yes(rundir: Path) -> None:
 
     assert call("purge", "--reason", "expired").exit_code == 2
     assert call("purge", "--reason", "expired", "--dry-run").stdout == (
-        "would throw 1 dead letters away\n"
+        "would throw 1 dead letter away\n"
     )
     assert told("ls")["total"] == 2
     assert told("purge", "--reason", "expired", "--yes") == {"dry_run": False, "purged": 1}
@@ -264,4 +266,4 @@ def test_the_directory_can_stand_before_the_command(rundir: Path, tmp_path: Path
 
     shown = CliRunner().invoke(cli, ["--dir", str(tmp_path / "m"), "dlq", "ls"])
 
-    assert "1 dead letters in 1 groups" in shown.stdout
+    assert "1 dead letter in 1 group\n" in shown.stdout

@@ -54,6 +54,7 @@ def test_tail_ends_after_the_count(mesh: Path) -> None:
     heard = run_mesh("tail", "market.data.received", "--json", "-n", "3", cwd=mesh)
 
     assert heard.code == 0, heard
+    assert "listening to 1 type in" in heard.err
     events: list[dict[str, Any]] = [json.loads(line) for line in heard.out.splitlines()]
     assert [event["type"] for event in events] == ["market.data.received"] * 3
 
