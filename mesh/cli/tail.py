@@ -39,9 +39,10 @@ def tail(types: tuple[str, ...], count: int | None, json_form: bool, directory: 
     """
     Listen to events as they happen; all known types, or those given.
 
-    Known are the built-in types and those that the agents of this mesh hear or have said. Durable
-    ones are shown as the journal keeps them. A slow reader of this command slows nobody: it misses
-    live events, and says how many.
+    Known are the built-in types and those that the agents of this mesh hear or have said. Nothing
+    is shown that was said before this command began; durable events come from then on as the
+    journal keeps them. A slow reader of this command slows nobody: it misses live events, and says
+    how many.
 
     \b
     Example:
