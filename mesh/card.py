@@ -29,6 +29,8 @@ class Card(Value, frozen=True, kw_only=True):
     durable: tuple[str, ...] = ()
     #: What it hears live, by the settings, although it is declared durable.
     downgraded: tuple[str, ...] = ()
+    #: Parameters that it has asked for so far.
+    params_read: tuple[str, ...] = ()
     #: How many replicas there may be.
     max_replicas: int = MAX_REPLICAS
 

@@ -22,6 +22,7 @@ from mesh.events import set_delivery
 from mesh.ledger import Ledger
 from mesh.ledger_views import LedgerView, view_of
 from mesh.loading import load_agent
+from mesh.params import Params
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester
 
@@ -57,6 +58,8 @@ class InProcessMesh:
         """Make the agents; nothing runs yet."""
         self.broker = broker or InMemoryMessageBroker()
         self.gate = asyncio.Event()
+        #: What all agents read.
+        self.params = Params(params or {})
         self.agents: dict[str, Agent] = {}
         self._config = config or MessageBusConfig(broker_type="memory")
         self._clock = clock
@@ -68,7 +71,7 @@ class InProcessMesh:
                     broker=self.broker,
                     config=self._config,
                     clock=clock,
-                    params=dict(params or {}),
+                    params=self.params,
                     gate=self.gate,
                     ledger=Ledger.in_memory(),
                 )

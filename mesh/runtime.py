@@ -40,6 +40,7 @@ from mesh.factory import make_broker
 from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.loading import load_agent
 from mesh.logs import set_up_logging
+from mesh.params import Params
 from mesh.replicas import Roster, group_of
 from mesh.rosters import read_rosters
 from mesh.rundir import RunDir
@@ -195,6 +196,7 @@ class _AgentProcess:
         self._lag_s = 0.0
         self._host = socket.gethostname()
         self._started_s = time.time()
+        self._params = Params(launch.params)
         self._roster = self._first_roster()
 
     async def main(self) -> int:
@@ -318,7 +320,7 @@ class _AgentProcess:
                 group=launch.group or group_of(launch.name),
                 broker=broker,
                 config=launch.config,
-                params=launch.params,
+                params=self._params,
                 ledger=self._ledger,
                 gate=beats.gate_open,
                 patient=launch.gated,
@@ -389,6 +391,7 @@ class _AgentProcess:
                 max_replicas=launch.kind.max_replicas,
                 durable=tuple(filter(is_durable, launch.kind.hears())),
                 downgraded=tuple(filter(is_downgraded, launch.kind.hears())),
+                params_read=tuple(sorted(self._params.read)),
                 says=tuple(says),
                 started_at_s=self._started_s,
                 state=state,

@@ -87,6 +87,8 @@ def run(
         say.as_json(report)
     else:
         show_report(report)
+    for name in report["params_unread"]:
+        say.note(f"param {name}: no agent has asked for it; is it misspelt?", "yellow")
     if report["dead_letters"]:
         _tell_dead_letters(sum(report["dead_letters"].values()), directory, memory=memory)
     if any(each["problem"] for each in report["agents"].values()):

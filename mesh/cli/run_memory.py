@@ -94,7 +94,10 @@ async def _run(mesh: InProcessMesh, stop: asyncio.Event) -> dict[str, Any]:
                     seconds=watch.seconds,
                     settled=quiet,
                     problems={**_failures(mesh), **problems},
-                ) | {"dead_letters": await _dead_letters(mesh)}
+                ) | {
+                    "dead_letters": await _dead_letters(mesh),
+                    "params_unread": sorted(mesh.params.keys() - mesh.params.read),
+                }
                 if problems:
                     # The mesh would raise the failure once more
                     raise _ToldError(report)

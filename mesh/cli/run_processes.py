@@ -80,7 +80,11 @@ async def run_processes(
             with contextlib.suppress(SupervisorError):
                 await boot.down(rundir)
     # Not before the agents have ended: until then they may still write letters out
-    return report | {"dead_letters": await _dead_letters(config, rundir)}
+    read = {name for card in read_cards(rundir).values() for name in card.params_read}
+    return report | {
+        "dead_letters": await _dead_letters(config, rundir),
+        "params_unread": sorted(params.keys() - read),
+    }
 
 
 async def _dead_letters(config: MessageBusConfig, rundir: RunDir) -> dict[str, int] | None:

@@ -160,6 +160,16 @@ def test_a_script_that_does_not_load_is_told_with_its_line(
     assert refused.err.splitlines()[-1].endswith(words)
 
 
+def test_a_run_names_parameters_that_no_agent_has_read(project: Path) -> None:
+    given = ("--param", "symbl=USDJPY", "--param", "fee_bps=2")
+
+    ended = run_mesh("run", "--bars", "10", "--memory", "--json", *given, cwd=project)
+
+    assert json.loads(ended.out)["params_unread"] == ["symbl"]
+    assert "param symbl: no agent has asked for it" in ended.err
+    assert ended.code == 0
+
+
 def test_a_run_can_name_the_symbol_of_its_market(project: Path) -> None:
     options = ("--bars", "5000", "--memory", "--json", "--param", "symbol=USDJPY")
 

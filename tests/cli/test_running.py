@@ -119,12 +119,13 @@ def test_a_project_from_nothing_runs(tmp_path: Path) -> None:
     assert stopped.code == 0, stopped
 
 
-def test_a_run_says_how_its_dead_letters_are_read(
+def test_a_run_says_what_was_put_aside_and_what_nobody_read(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LEGION_MAX_HOPS", "2")
 
-    ended = run_mesh("run", "--bars", "2000", "--speed", "max", cwd=project)
+    given = ("--param", "fee_bps=2", "--param", "fee_bsp=2")
+    ended = run_mesh("run", "--bars", "2000", "--speed", "max", *given, cwd=project)
     monkeypatch.setenv("MESH_JOURNAL", "run")
     told = json.loads(run_mesh("dlq", "ls", "--json", cwd=project).out)
 
@@ -133,6 +134,9 @@ def test_a_run_says_how_its_dead_letters_are_read(
     assert ended.code == 1
     assert "`MESH_JOURNAL=run mesh dlq ls` lists them" in ended.err
     assert told["total"] > 0
+    assert [line for line in ended.err.splitlines() if "no agent has asked" in line] == [
+        "param fee_bsp: no agent has asked for it; is it misspelt?"
+    ]
 
 
 async def test_ctrl_c_ends_a_run_with_its_report(project: Path, own_mesh_dir: Path) -> None:
