@@ -99,11 +99,11 @@ def run(
 def _tell_dead_letters(count: int, directory: str | None, *, memory: bool) -> None:
     """Say how to read them."""
     where = f" --dir {shlex.quote(directory)}" if directory else ""
-    how = f"`MESH_JOURNAL=run mesh dlq ls{where}` lists"
+    how = f"`MESH_JOURNAL=run mesh dlq ls{where}` lists them"
     if memory:
         how = f"they are gone with this process; after a run without --memory {how}"
     else:
-        how = f"{how} them until the next run"
+        how = f"{how} until the next run"
     say.note(f"{say.counted(count, 'dead letter')}: {how}", "red")
 
 
