@@ -79,6 +79,10 @@ def account(
                         if ears[0][0].shared
                         else _link(said, *ears[0], settled=settled)
                     )
+    for name, subscribers in groups.items():
+        for said_by, topic in {link for view in subscribers for link in view.in_}:
+            if said_by not in views and said_by != JOURNAL:
+                links[f"{said_by}>{topic}>{name}"] = _one_sided_link(subscribers, said_by, topic)
     for subscriber in views.values():
         for (publisher_name, topic), heard in subscriber.in_.items():
             if publisher_name == JOURNAL:
@@ -148,6 +152,18 @@ def _shared_link(said: Out, heard: list[tuple[LedgerView, In]], *, settled: bool
         lost=max(0, seen - max(0, base) - received),
         in_flight=unfinished + said.sequence - seen,
     )
+
+
+def _one_sided_link(subscribers: list[LedgerView], publisher: str, topic: str) -> LinkAccount:
+    """Account for a publisher without a ledger (`mesh publish`): only those who heard it count."""
+    link = publisher, topic
+    heard = [(view.retired, view.in_[link]) for view in subscribers if link in view.in_]
+    received = sum(each.received for _, each in heard)
+    missed = sum(each.lost for _, each in heard)
+    unfinished = sum(each.received - each.settled for retired, each in heard if not retired)
+    # A retired one's inbox went with it
+    gone = sum(each.received - each.settled for retired, each in heard if retired)
+    return LinkAccount(received + missed, received, missed + gone, unfinished)
 
 
 def _link(said: Out, view: LedgerView, heard: In, *, settled: bool) -> LinkAccount:

@@ -22,9 +22,9 @@ from mesh import (
     event_type,
     on,
 )
-from mesh.account import account
+from mesh.account import LinkAccount, account
 from mesh.errors import BrokerUnavailableError
-from mesh.ledger import Ledger
+from mesh.ledger import IN_RECEIVED, Ledger
 from mesh.ledger_views import view_of
 from mesh.testing import FakeClock
 from tests.plumbing.processes import eventually
@@ -171,6 +171,40 @@ async def test_losses_are_counted_over_the_death_of_both_ends(tmp_path: Path) ->
     assert (link.published, link.lost) == (8, 2 + 3)
     await second.stop()
     await broker.close()
+
+
+async def test_a_publisher_without_a_ledger_is_in_the_account(tmp_path: Path) -> None:
+    """`mesh publish` leaves none; whoever heard it knows what became of it."""
+    broker, path = Lossy(), tmp_path / "ear"
+    publisher = EventPublisher(PublisherConfig(agent_name="cli", broker=broker))
+    first, _ = await consume(broker, Ledger.open(path))
+    await say(publisher, 1)
+    await first.drained()
+    broker.losing = True
+    await say(publisher, 2)
+    broker.losing = False
+    await say(publisher, 3)
+    await first.drained()
+    view = view_of("ear", first.ledger)
+    await first.stop()
+    await broker.close()
+
+    joined = account({"ear": view})
+    link = LinkAccount(published=3, received=2, lost=1, in_flight=0)
+    assert joined.links == {"cli>t.x>ear": link}
+    assert joined.lost == sum(each.lost for each in view.in_.values())
+
+
+def test_what_a_retired_agent_did_not_finish_of_a_stranger_is_lost(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path / "ear")
+    ledger.cells[ledger.link("cli", "t.x") + IN_RECEIVED] = 2
+    unfinished = account({"ear": view_of("ear", ledger)})
+    ledger.set("retired", 1)
+    retired = account({"ear": view_of("ear", ledger)})
+    ledger.close()
+
+    assert (unfinished.lost, unfinished.in_flight) == (0, 2)
+    assert (retired.lost, retired.in_flight) == (2, 0)
 
 
 async def letter_of_the_first_of_two(
