@@ -148,7 +148,7 @@ def _project(place: Place) -> Iterator[Row]:
     except ConfigurationError as error:
         yield Row("project", "warn", str(error), "go to a folder with agents/ and supervisord.conf")
         return
-    yield Row("project", "ok", f"{place.project / CONF}: {len(names)} programs")
+    yield Row("project", "ok", f"{place.project / CONF}: {say.counted(len(names), 'program')}")
     for name in REQUIRED:
         if name not in names:
             yield Row("project", "fail", f"no [program:{name}]", "copy it from the documentation")
@@ -165,7 +165,8 @@ def _project(place: Place) -> Iterator[Row]:
 def _directory(rundir: RunDir) -> Iterator[Row]:
     longest = len(os.fsencode(rundir.socket("supervisor"))) + len(".99999999")
     if longest > MAX_SOCKET_PATH:
-        words = f"{rundir.path} is {longest - MAX_SOCKET_PATH} bytes too long for Unix sockets"
+        over = say.counted(longest - MAX_SOCKET_PATH, "byte")
+        words = f"{rundir.path} is {over} too long for Unix sockets"
         yield Row("MESH_DIR", "fail", words, "set MESH_DIR to a shorter path, such as under /tmp")
         return
     if not os.path.lexists(rundir.path):

@@ -55,6 +55,11 @@ class ProgramFacts:
     last_words: str | None
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def waits_to_speak(self) -> bool:
+        """Say whether its source begins as soon as all agents are READY; a dead one's does not."""
+        return self.sources == "waiting" and self.state in ("starting", "ready", "silent")
+
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:

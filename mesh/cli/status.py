@@ -92,7 +92,7 @@ def _show(facts: MeshFacts, journal: KeptFacts) -> None:
             ["yellow"] * len(losing),
         )
     else:
-        say.line(f"{len(facts.links)} links, nothing lost")
+        say.line(f"{say.counted(len(facts.links), 'link')}, nothing lost")
     _show_kept(journal)
     if facts.downgraded:
         say.line(
@@ -105,11 +105,28 @@ def _show(facts: MeshFacts, journal: KeptFacts) -> None:
             say.line(f"{each.name}: {each.last_words}", "red")
     for problem in facts.problems:
         say.line(problem, "red")
-    waiting = [each.name for each in facts.programs if each.sources == "waiting"]
+    waiting = [each.name for each in facts.programs if each.waits_to_speak]
     if waiting:
         say.line(f"sources begin when all agents are READY: {', '.join(waiting)}", "yellow")
     if not facts.problems:
-        say.line("all is well", "green")
+        say.line(*closing(facts, journal))
+
+
+def closing(facts: MeshFacts, kept: KeptFacts) -> tuple[str, say.Colour]:
+    """Sum up a mesh whose programs are all well, and the colour of it."""
+    but = []
+    if facts.lost:
+        but.append(
+            f"{say.counted(facts.lost, 'event')} {'was' if facts.lost == 1 else 'were'} lost"
+        )
+    if kept.dead_letters:
+        letters = say.counted(kept.dead_letters, "dead letter")
+        but.append(f"{letters} {'waits' if kept.dead_letters == 1 else 'wait'}")
+    if kept.trouble:
+        but.append("what the journal keeps is not known")
+    if not but:
+        return "all is well", "green"
+    return "; ".join(["all agents are well", *but]), "yellow"
 
 
 def _show_kept(kept: KeptFacts) -> None:
@@ -121,7 +138,9 @@ def _show_kept(kept: KeptFacts) -> None:
     if kept.trouble:
         say.line(kept.trouble, "yellow")
     elif kept.dead_letters:
-        say.line(f"{kept.dead_letters} dead letters; `mesh dlq ls` shows them", "yellow")
+        say.line(
+            f"{say.counted(kept.dead_letters, 'dead letter')}; `mesh dlq ls` shows them", "yellow"
+        )
     elif kept.dead_letters == 0:
         say.line("no dead letters")
 

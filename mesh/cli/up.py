@@ -124,7 +124,8 @@ async def _up(
                     tell_unlisted(place.project)
                 count = sum(state.verdict == "ready" for state in states)
                 say.line(
-                    f"{count} of {len(states)} programs READY in {time.monotonic() - began_s:.1f} s"
+                    f"{count} of {say.counted(len(states), 'program')} READY"
+                    f" in {time.monotonic() - began_s:.1f} s"
                     f" (supervisord is {pid}, directory {rundir.path})"
                 )
 

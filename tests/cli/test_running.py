@@ -171,6 +171,16 @@ async def test_status_says_why_sources_are_silent(project: Path) -> None:
         await process.communicate()
 
 
+def test_a_source_that_failed_is_not_said_to_wait(project: Path) -> None:
+    started = run_mesh("up", "-d", "--param", "csv=/nosuch.csv", cwd=project)
+    told = run_mesh("status", cwd=project)
+    run_mesh("down", cwd=project)
+
+    assert (started.code, told.code) == (70, 1)
+    assert "market_data: is EXITED" in told.out
+    assert "sources begin when" not in told.out
+
+
 async def test_up_in_the_foreground_takes_all_down(project: Path) -> None:
     async with running(MESH, "up", cwd=project) as process:
         await eventually(lambda: run_mesh("status", cwd=project).code == 0, within_s=20)
