@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mesh.cli.place import settings_of
+from mesh.cli.place import own_redis_is_down, settings_of
 from mesh.dead_letter_queue import DeadLetterQueue
-from mesh.errors import ConfigurationError, MeshError
+from mesh.errors import BrokerUnavailableError, ConfigurationError, MeshError
 from mesh.factory import make_broker
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.replay import REPLAYER
@@ -75,10 +75,16 @@ def has_journal(rundir: RunDir, config: MessageBusConfig) -> bool:
 
     Raises:
         ConfigurationError: The fabric of these settings is memory.
+        BrokerUnavailableError: It is in a redis-server of the mesh's own, which is down with it.
     """
     if config.broker_type == "memory":
         raise ConfigurationError(
             "LEGION_BROKER_TYPE=memory: what memory keeps ends with its process; use zmq or redis"
+        )
+    if own_redis_is_down(rundir):
+        raise BrokerUnavailableError(
+            f"the mesh in {rundir.path} keeps events and dead letters in its own redis-server,"
+            " which is down: `mesh up --with-redis` first"
         )
     return config.broker_type != "zmq" or rundir.journal().is_file()
 

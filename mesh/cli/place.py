@@ -14,7 +14,7 @@ from mesh.config import MessageBusConfig
 from mesh.env import environment
 from mesh.errors import ConfigurationError, RunDirError
 from mesh.rundir import RunDir
-from mesh.supervision.conf import has_own_redis
+from mesh.supervision.conf import INFRASTRUCTURE, has_own_redis
 from mesh.supervision.redis_server import settings_for
 
 if TYPE_CHECKING:
@@ -141,6 +141,14 @@ def settings_of(rundir: RunDir) -> MessageBusConfig:
     return MessageBusConfig.from_env()
 
 
+def own_redis_is_down(rundir: RunDir) -> bool:
+    """Say whether the mesh has a redis-server of its own, and neither of them runs."""
+    if not has_own_redis(rundir):
+        return False
+    # The monitor too: a server that was killed is back in a moment
+    return all(rundir.holder(rundir.lock(name)) is None for name in INFRASTRUCTURE)
+
+
 def joining_settings(place: Place) -> MessageBusConfig:
     """
     Read the settings of a command that joins a running mesh.
@@ -155,6 +163,8 @@ def joining_settings(place: Place) -> MessageBusConfig:
             "LEGION_BROKER_TYPE=memory: a fabric of memory cannot be joined from outside; use zmq"
         )
     rundir = place.rundir
+    if own_redis_is_down(rundir):
+        raise NoMeshError(f"no mesh runs in {rundir.path}; start one with `mesh up --with-redis`")
     if config.broker_type == "zmq" and rundir.holder(rundir.lock("forwarder")) is None:
         raise NoMeshError(f"no mesh runs in {rundir.path}; start one with `mesh up`")
     return config

@@ -22,7 +22,7 @@ from mesh.cli.signals import stop_signals, unless, until_exit
 from mesh.cli.starting import declare_durable_groups, ready, tell_failures, tell_unlisted
 from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
-from mesh.supervision.conf import read_replicas
+from mesh.supervision.conf import has_own_redis, read_replicas
 from mesh.supervision.supervisord import SupervisorClient, SupervisorError
 
 if TYPE_CHECKING:
@@ -62,6 +62,13 @@ def up(
     """  # noqa: D301 - click's mark for lines it must not wrap
     place = Place.find(directory)
     config = checked_settings(place.rundir, with_redis=with_redis)
+    if not with_redis and has_own_redis(place.rundir):
+        say.note(
+            "this mesh was last up with a redis-server of its own: what that keeps in"
+            f" {place.rundir.path / 'redis'} (durable events, dead letters) is not seen without"
+            " --with-redis",
+            "yellow",
+        )
     code = asyncio.run(_up(place, agents, params, config, detach=detach, with_redis=with_redis))
     sys.exit(code)
 

@@ -63,6 +63,25 @@ def test_a_redis_of_its_own_is_kept_like_an_agent(project: Path, own_mesh_dir: P
     assert stopped.code == 0, stopped
 
 
+def test_what_a_redis_of_its_own_keeps_is_missed_in_words(
+    project: Path, own_mesh_dir: Path
+) -> None:
+    """It is down with the mesh, and a start without it does not see what it keeps."""
+    run_mesh("up", "-d", "--with-redis", "--agents", "portfolio", cwd=project)
+    run_mesh("down", cwd=project)
+
+    for words in (("dlq", "ls"), ("journal", "ls"), ("dlq", "replay", "--all")):
+        refused = run_mesh(*words, cwd=project)
+        assert refused.code == 69, refused
+        assert "its own redis-server, which is down: `mesh up --with-redis` first" in refused.err
+    assert run_mesh("publish", "a.b", "{}", cwd=project).code == 3
+    started = run_mesh("up", "-d", "--agents", "portfolio", cwd=project)
+    run_mesh("down", cwd=project)
+
+    assert started.code == 0, started
+    assert f"{own_mesh_dir / 'redis'} (durable events, dead letters) is not seen" in started.err
+
+
 def test_a_wrong_password_is_a_mistake_in_the_settings(project: Path, redis_url: str) -> None:
     """It does not become right by trying again, and is shown nowhere."""
     settings = environment(
