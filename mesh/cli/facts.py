@@ -10,7 +10,7 @@ from mesh.account import LinkAccount, account
 from mesh.card import read_cards
 from mesh.ledger_views import LedgerView, read_ledgers
 from mesh.replicas import group_of, number_of
-from mesh.supervision.boot import last_words
+from mesh.supervision.boot import last_warning, last_words
 from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
 
@@ -207,7 +207,7 @@ def _facts(rundir: RunDir, process: ProcessInfo, view: LedgerView | None) -> Pro
             "p99": view.latency_us(99) if view else None,
         },
         last_words=last_words(rundir, process) if ended_badly else None,
-        problems=_problems(process, view, ready=ready, age_s=age_s),
+        problems=_problems(rundir, process, view, ready=ready, age_s=age_s),
     )
 
 
@@ -222,14 +222,20 @@ def _state(process: ProcessInfo, *, ready: bool, age_s: float | None) -> str:
 
 
 def _problems(
-    process: ProcessInfo, view: LedgerView | None, *, ready: bool, age_s: float | None
+    rundir: RunDir,
+    process: ProcessInfo,
+    view: LedgerView | None,
+    *,
+    ready: bool,
+    age_s: float | None,
 ) -> list[str]:
     if process.state == "STOPPED" and not process.started_at_s:
         return []  # autostart=false: nobody meant it to run
     if process.state != "RUNNING" and not (process.state == "STARTING" and ready):
         return [f"is {process.state}"]
     if not ready:
-        return ["is not READY"]
+        why = last_warning(rundir, process)
+        return [f"is not READY: {why}" if why else "is not READY"]
     if age_s is None or age_s > STALE_BEAT_S:
         return ["has not beaten yet" if age_s is None else f"last beat {age_s:.1f} s ago"]
     if view is not None and view.sources == "failed":

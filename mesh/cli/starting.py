@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mesh.cli import say
 from mesh.errors import BrokerUnavailableError
+from mesh.factory import make_broker
 from mesh.supervision import boot
+from mesh.supervision.boot import BootError
 from mesh.supervision.conf import unlisted_of
 from mesh.supervision.declaring import declare_groups
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from mesh.cli.place import Place
     from mesh.config import MessageBusConfig
+    from mesh.errors import MeshError
     from mesh.rundir import RunDir
     from mesh.supervision.boot import ProgramState
 
@@ -111,6 +114,21 @@ async def declare_durable_groups(
     if unknown:
         names = ", ".join(unknown)
         say.note(f"what {names} hears is kept only from its start on: its script does not load")
+
+
+async def left_running(rundir: RunDir, config: MessageBusConfig, late: BootError) -> MeshError:
+    """Make the error for a mesh that is not READY in time and runs on; say what it waits for."""
+    if config.broker_type == "redis":
+        try:
+            async with make_broker(config, rundir.path):
+                pass
+        except BrokerUnavailableError as error:
+            return BrokerUnavailableError(
+                f"{late}\n{error}\nthe mesh keeps running and waits for it; `mesh down` ends that"
+            )
+    return BootError(
+        f"{late}\nthe mesh keeps running; `mesh status` tells more, `mesh down` ends it"
+    )
 
 
 async def ready(rundir: RunDir, *, quiet: bool = False) -> list[ProgramState]:

@@ -19,9 +19,16 @@ from mesh.cli.place import (
     param_option,
 )
 from mesh.cli.signals import stop_signals, unless, until_exit
-from mesh.cli.starting import declare_durable_groups, ready, tell_failures, tell_unlisted
+from mesh.cli.starting import (
+    declare_durable_groups,
+    left_running,
+    ready,
+    tell_failures,
+    tell_unlisted,
+)
 from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
+from mesh.supervision.boot import BootError
 from mesh.supervision.conf import has_own_redis, read_replicas
 from mesh.supervision.supervisord import SupervisorClient, SupervisorError
 
@@ -49,9 +56,9 @@ def up(
     """
     Start every agent of supervisord.conf as a supervised process.
 
-    Without -d it stays, and takes everything down on Ctrl-C or SIGTERM. Exit code 70 when an agent
-    failed (the others run), 75 when a mesh runs in this directory already, 78 when the
-    configuration cannot be used.
+    Without -d it stays, and takes everything down on Ctrl-C or SIGTERM. Exit code 69 when Redis
+    does not answer (with -d the mesh runs on and waits for it), 70 when an agent failed (the others
+    run), 75 when a mesh runs in this directory already, 78 when the configuration cannot be used.
 
     \b
     Example:
@@ -144,6 +151,11 @@ async def _up(
                 if await unless(stop, until_exit(pid)):
                     say.note("supervisord ended; the mesh is down", "red")
                     return EXIT_WRONG
+        except BootError as late:
+            if detach:
+                raise await left_running(rundir, config, late) from None
+            await _take_down(place)
+            raise
         except BaseException:
             if not detach:
                 await _take_down(place)

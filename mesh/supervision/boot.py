@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 _LOOK_S = 0.1
 #: As many as supervisord gives an agent that fails at once: the first and three `startretries`.
 _STARTS = 4
+_LOG_TAIL_BYTES = 16 * 1024
+#: Moment and words of a line in an agent's log, without the count of others like it.
+_WARNING = re.compile(
+    r"(\S+) (?:WARNING|ERROR|CRITICAL) agent=\S+ \S+: (.*?)(?: \(\d+ more like this\))?$"
+)
 
 
 class BootError(MeshError):
@@ -181,6 +187,23 @@ def last_words(rundir: RunDir, program: ProcessInfo) -> str:
     if program.state == "STARTING":
         return "is being started again"
     return f"ended at once with exit code {program.exit_status}, without a word"
+
+
+def last_warning(rundir: RunDir, program: ProcessInfo) -> str:
+    """Give the last warning or error that a program has logged since its start; else nothing."""
+    try:
+        with rundir.log(program.name).open("rb") as file:
+            file.seek(-min(_LOG_TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    # As log lines say it, in the seconds that supervisord's clock shows
+    began = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(program.started_at_s))
+    for line in reversed(lines):
+        found = _WARNING.match(line)
+        if found is not None:
+            return found[2] if found[1] >= began else ""
+    return ""
 
 
 async def down(rundir: RunDir, *, timeout_s: float = 30.0) -> None:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.plumbing.processes import MESH, eventually, run_mesh, run_program, running, wait_until
+from tests.plumbing.processes import (
+    MESH,
+    environment,
+    eventually,
+    run_mesh,
+    run_program,
+    running,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,6 +187,19 @@ def test_a_source_that_failed_is_not_said_to_wait(project: Path) -> None:
     assert (started.code, told.code) == (70, 1)
     assert "market_data: is EXITED" in told.out
     assert "sources begin when" not in told.out
+
+
+async def test_status_says_what_agents_wait_for(project: Path) -> None:
+    away = environment(LEGION_BROKER_TYPE="redis", REDIS_PORT="1")
+
+    def says_why() -> bool:
+        told = run_mesh("status", cwd=project).out
+        return "risk: is not READY: redis at localhost:1 cannot be reached" in told
+
+    async with running(MESH, "up", "--agents", "risk", cwd=project, env=away) as process:
+        await eventually(says_why, within_s=20)
+        process.send_signal(signal.SIGTERM)
+        await process.communicate()
 
 
 async def test_up_in_the_foreground_takes_all_down(project: Path) -> None:

@@ -1,12 +1,24 @@
-"""What `mesh status` says at the end, and of programs that do not run."""
+"""What `mesh status` and `mesh up` say of a mesh that is not as it should be."""
 
 from __future__ import annotations
 
+import asyncio
+from typing import TYPE_CHECKING
+
 import pytest
 
+from mesh.cli.exits import code_of
 from mesh.cli.facts import MeshFacts
 from mesh.cli.kept import KeptFacts
+from mesh.cli.starting import left_running
 from mesh.cli.status import closing
+from mesh.config import MessageBusConfig
+from mesh.rundir import RunDir
+from mesh.supervision.boot import BootError, last_warning
+from mesh.supervision.supervisord import ProcessInfo
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def facts(*, lost: int = 0) -> MeshFacts:
@@ -47,3 +59,46 @@ def test_all_is_well_only_when_nothing_was_lost_and_nothing_waits(
     lost: int, kept: KeptFacts, words: str, colour: str
 ) -> None:
     assert closing(facts(lost=lost), kept) == (words, colour)
+
+
+def test_a_mesh_that_waits_for_redis_is_said_to_run_on(rundir: Path) -> None:
+    config = MessageBusConfig(broker_type="redis", redis_port=1)
+
+    late = asyncio.run(left_running(RunDir(rundir), config, BootError("not READY: risk")))
+
+    assert code_of(late) == 69
+    first, why, last = str(late).splitlines()
+    assert first == "not READY: risk"
+    assert "redis at localhost:1 cannot be reached" in why
+    assert last == "the mesh keeps running and waits for it; `mesh down` ends that"
+
+
+def test_a_mesh_that_is_late_for_another_reason_is_said_to_run_on(rundir: Path) -> None:
+    late = asyncio.run(left_running(RunDir(rundir), MessageBusConfig(), BootError("not READY")))
+
+    assert code_of(late) == 1
+    assert "the mesh keeps running; `mesh status` tells more" in str(late)
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [("09", ""), ("10", "redis is away; trying on"), ("11", "redis is away; trying on")],
+)
+def test_only_warnings_since_its_start_explain_a_program(
+    rundir: Path, second: str, words: str
+) -> None:
+    home = RunDir(rundir).ensure()
+    home.log("risk").write_text(
+        f"2026-01-01T00:00:{second}.000Z WARNING agent=risk mesh.redis: redis is away; trying on"
+        " (27 more like this)\n"
+        "2026-01-01T00:00:59.000Z INFO agent=risk mesh.runtime: a word\n"
+    )
+    program = ProcessInfo("risk", "RUNNING", 1, 0, "", 1767225610, 0)
+
+    assert last_warning(home, program) == words
+
+
+def test_a_program_without_a_log_has_no_explanation(rundir: Path) -> None:
+    program = ProcessInfo("risk", "RUNNING", 1, 0, "", 0, 0)
+
+    assert last_warning(RunDir(rundir), program) == ""
