@@ -17,11 +17,25 @@ import click
 from mesh.cli import say
 from mesh.cli.agents import topics_of
 from mesh.cli.exits import EXIT_WRONG
-from mesh.cli.place import CONF, Place, directory_option, json_option, settings_of
-from mesh.config import MessageBusConfig
+from mesh.cli.place import (
+    CONF,
+    Place,
+    directory_option,
+    json_option,
+    own_redis_is_down,
+    settings_of,
+)
 from mesh.errors import ConfigurationError, MeshError
 from mesh.rundir import MAX_SOCKET_PATH
-from mesh.supervision.conf import INFRASTRUCTURE, REQUIRED, programs_of, script_of, unlisted_of
+from mesh.supervision.conf import (
+    INFRASTRUCTURE,
+    REQUIRED,
+    has_own_redis,
+    programs_of,
+    script_of,
+    unlisted_of,
+)
+from mesh.supervision.declaring import check_journal
 from mesh.supervision.supervisord import SupervisorClient
 
 if TYPE_CHECKING:
@@ -75,10 +89,11 @@ def doctor(json_form: bool, directory: str | None) -> None:
     place = Place.find(directory)
     rows = [
         *_software(),
-        *_settings(),
+        *_settings(place.rundir),
         *_project(place),
         *_directory(place.rundir),
         *_locks(place.rundir),
+        *asyncio.run(_journal(place)),
         *asyncio.run(_answers(place.rundir)),
         *_topics(place.rundir),
     ]
@@ -130,14 +145,15 @@ def _libzmq() -> Row:
     return Row("libzmq", "ok", text)
 
 
-def _settings() -> Iterator[Row]:
+def _settings(rundir: RunDir) -> Iterator[Row]:
     try:
-        config = MessageBusConfig.from_env()
+        config = settings_of(rundir)
+        fabric = "redis, the mesh's own server" if has_own_redis(rundir) else config.broker_type
     except ConfigurationError as error:
         for problem in error.problems:
             yield Row("settings", "fail", problem, "correct the variable, or unset it")
         return
-    yield Row("settings", "ok", f"fabric {config.broker_type}, log level {config.log_level}")
+    yield Row("settings", "ok", f"fabric {fabric}, log level {config.log_level}")
     if config.broker_type == "memory":
         yield Row("fabric", "warn", "memory joins no processes", "set LEGION_BROKER_TYPE=zmq")
 
@@ -195,6 +211,28 @@ def _locks(rundir: RunDir) -> Iterator[Row]:
         if owner is not None:
             note = rundir.note(path)
             yield Row(f"lock {path.stem}", "ok", f"held by {owner} {note}".rstrip())
+
+
+async def _journal(place: Place) -> list[Row]:
+    """Check what `mesh up` checks: whether the journal keeps what agents hear durably."""
+    rundir = place.rundir
+    try:
+        config = settings_of(rundir)
+        programs_of(place.project)
+    except ConfigurationError:
+        return []  # said already
+    # A server of the mesh's own is down with it, and a file is made by the first who needs it
+    if config.broker_type == "memory" or own_redis_is_down(rundir):
+        return []
+    if config.broker_type == "zmq" and not rundir.journal().is_file():
+        return []
+    try:
+        wanted = await check_journal(place.project, rundir, config)
+    except ConfigurationError as error:
+        return [Row("journal", "fail", problem, "see there") for problem in error.problems]
+    except MeshError as error:
+        return [Row("journal", "fail", str(error), "`mesh up` starts, and waits for it")]
+    return [Row("journal", "ok", f"{config.broker_type}: keeps durable events")] if wanted else []
 
 
 async def _answers(rundir: RunDir) -> list[Row]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,10 +23,11 @@ from mesh.topics import replay_topic
 from mesh.values import Value
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
     from pathlib import Path
 
     from mesh.config import MessageBusConfig
+    from mesh.journal import Journal
     from mesh.rundir import RunDir
 
 _SURVEY_S = 30.0
@@ -104,15 +106,40 @@ async def declare_groups(
     said = await look_at_scripts(project, rundir, agents)
     durable = {name: each for name, each in said.items() if each is not None and each.durable}
     if durable:
-        journal = make_broker(config, rundir.path).make_journal()
-        try:
-            async with journal:
-                for name, each in durable.items():
-                    topics = [*each.durable, replay_topic(name)]
-                    await journal.declare(name, topics, start=each.start)
-        except (ConfigurationError, DamagedJournalError) as error:
-            raise cannot_keep(durable_topics(said), config.broker_type, error) from None
+        async with _journal_for(durable_topics(said), rundir, config) as journal:
+            for name, each in durable.items():
+                topics = [*each.durable, replay_topic(name)]
+                await journal.declare(name, topics, start=each.start)
     return [name for name, each in said.items() if each is None or each.problem]
+
+
+async def check_journal(project: Path, rundir: RunDir, config: MessageBusConfig) -> bool:
+    """
+    Make the check of `declare_groups`, and declare nothing.
+
+    Returns:
+        False when no agent hears anything durably, so that there is nothing to check.
+
+    Raises:
+        ConfigurationError: The journal cannot keep what it promises.
+        BrokerUnavailableError: It does not answer.
+    """
+    topics = durable_topics(await look_at_scripts(project, rundir))
+    if topics:
+        async with _journal_for(topics, rundir, config):
+            pass
+    return bool(topics)
+
+
+@asynccontextmanager
+async def _journal_for(
+    topics: Collection[str], rundir: RunDir, config: MessageBusConfig
+) -> AsyncIterator[Journal]:
+    try:
+        async with make_broker(config, rundir.path).make_journal() as journal:
+            yield journal
+    except (ConfigurationError, DamagedJournalError) as error:
+        raise cannot_keep(topics, config.broker_type, error) from None
 
 
 def durable_topics(said: Mapping[str, Finding | None]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import time
@@ -65,6 +66,36 @@ def test_type_fabric_and_setting_are_named(
         "LEGION_ALLOW_DOWNGRADE=outage.order",
     ):
         assert named in ended.err
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_doctor_finds_what_a_start_would_refuse(
+    forgetful: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    write_project(tmp_path, "till", "counter", folder=HERE)
+    if keeps:
+        monkeypatch.setenv("LEGION_REDIS_ALLOW_VOLATILE", "true")
+
+    told = run_mesh("doctor", "--json", cwd=tmp_path)
+
+    rows = json.loads(told.out)["rows"]
+    (journal,) = (row for row in rows if row["check"] == "journal")
+    assert (told.code, journal["verdict"]) == ((0, "ok") if keeps else (1, "fail")), told
+    if not keeps:
+        assert "outage.order is durable, and redis cannot keep that" in journal["found"]
+        assert "set `appendonly yes`" in journal["found"]
+
+
+def test_the_doctor_does_not_ask_for_a_journal_that_nobody_needs(
+    forgetful: RedisServer, tmp_path: Path
+) -> None:
+    write_project(tmp_path, "till", folder=HERE)
+    (tmp_path / "agents" / "till.py").write_text(LIVE)
+
+    told = run_mesh("doctor", "--json", cwd=tmp_path)
+
+    assert told.code == 0, told
+    assert "journal" not in {row["check"] for row in json.loads(told.out)["rows"]}
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,11 @@ def test_a_redis_of_its_own_is_kept_like_an_agent(project: Path, own_mesh_dir: P
 
         assert heard.code == 0, heard
         assert len(heard.out.splitlines()) == 3
+        rows = json.loads(run_mesh("doctor", "--json", cwd=project).out)["rows"]
+        found = {row["check"]: row["found"] for row in rows}
+        assert found["settings"].startswith("fabric redis, the mesh's own server")
+        assert found["fabric"] == "redis: answers"
+        assert found["journal"] == "redis: keeps durable events"
         after = programs(project)
         agents = before.keys() - {"redis"}
         assert {name: after[name]["pid"] for name in agents} == {
