@@ -36,7 +36,7 @@ from mesh.supervision.conf import (
     unlisted_of,
 )
 from mesh.supervision.declaring import check_journal
-from mesh.supervision.supervisord import SupervisorClient
+from mesh.supervision.supervisord import SupervisorClient, SupervisorSilentError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -241,6 +241,8 @@ async def _answers(rundir: RunDir) -> list[Row]:
     try:
         pid = await client.pid()
         programs = await client.processes()
+    except SupervisorSilentError as error:
+        return [Row("supervisord", "fail", str(error), "see there")]
     except MeshError as error:
         held = [name for name in INFRASTRUCTURE if rundir.holder(rundir.lock(name))]
         if not held:

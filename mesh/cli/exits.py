@@ -13,7 +13,7 @@ from mesh.errors import (
     PayloadError,
     TopicError,
 )
-from mesh.supervision.supervisord import SupervisorUnavailableError
+from mesh.supervision.supervisord import SupervisorSilentError, SupervisorUnavailableError
 
 EXIT_WRONG = 1
 EXIT_USAGE = 2
@@ -28,7 +28,7 @@ MEANINGS = {
     EXIT_USAGE: "the command line is wrong",
     EXIT_NO_MESH: "no mesh runs in this directory",
     EXIT_DATA: "the given event cannot travel: bad JSON, topic or payload",
-    EXIT_UNAVAILABLE: "the fabric does not answer",
+    EXIT_UNAVAILABLE: "the fabric or supervisord does not answer",
     EXIT_BUG: "an agent failed",
     EXIT_LOCKED: "a mesh runs in this directory already",
     EXIT_CONFIGURATION: "the configuration cannot be used; nothing was started",
@@ -48,6 +48,7 @@ _CODES: tuple[tuple[type[MeshError], int], ...] = (
     (ConfigurationError, EXIT_CONFIGURATION),
     (AlreadyRunningError, EXIT_LOCKED),
     (NoMeshError, EXIT_NO_MESH),
+    (SupervisorSilentError, EXIT_UNAVAILABLE),
     (SupervisorUnavailableError, EXIT_NO_MESH),
     (AgentFailedError, EXIT_BUG),
     (PayloadError, EXIT_DATA),

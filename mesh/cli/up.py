@@ -30,7 +30,7 @@ from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
 from mesh.supervision.boot import BootError
 from mesh.supervision.conf import has_own_redis, read_replicas
-from mesh.supervision.supervisord import SupervisorClient, SupervisorError
+from mesh.supervision.supervisord import SupervisorError, SupervisorUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -165,10 +165,11 @@ async def _up(
 
 
 async def _take_down(place: Place) -> None:
-    if await SupervisorClient(place.rundir.socket("supervisor")).is_up():
-        try:
-            await boot.down(place.rundir)
-        except SupervisorError as error:
+    try:
+        await boot.down(place.rundir)
+    except SupervisorError as error:
+        # One that is gone is as good as down; one that is silent is not gone
+        if type(error) is not SupervisorUnavailableError:
             say.note(str(error), "red")
             return
     say.note("the mesh is down")

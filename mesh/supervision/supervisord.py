@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
+import struct
 import xmlrpc.client
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,8 @@ NOT_RUNNING = 70
 _MAX_ANSWER_BYTES = 16 * 1024 * 1024
 #: supervisord respawns at the next turn of its loop, in a second at most; its clock shows seconds.
 _RESPAWN_S = 3.0
+#: The kernel's struct ucred: pid, user, group.
+_UCRED = struct.Struct("3i")
 
 
 class SupervisorError(MeshError):
@@ -44,6 +48,10 @@ class SupervisorError(MeshError):
 
 class SupervisorUnavailableError(SupervisorError):
     """Nobody answers on supervisord's socket."""
+
+
+class SupervisorSilentError(SupervisorUnavailableError):
+    """supervisord is there and does not answer in time: stopped, or on an overloaded host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +159,11 @@ class SupervisorClient:
             async with asyncio.timeout(timeout_s):
                 answer = await self._post(body)
         except TimeoutError:
-            raise SupervisorUnavailableError(
-                f"supervisord on {self._path} did not answer {method} within {timeout_s:g} s"
+            pid = _pid_behind(self._path)
+            who = f"supervisord (pid {pid})" if pid else "supervisord"
+            raise SupervisorSilentError(
+                f"{who} on {self._path} did not answer {method} within {timeout_s:g} s: it is"
+                f" stopped or busy; try again, or end it with its agents: kill -9 {pid or 'PID'}"
             ) from None
         except (OSError, asyncio.IncompleteReadError) as error:
             raise SupervisorUnavailableError(
@@ -185,6 +196,19 @@ class SupervisorClient:
             return await reader.readexactly(size)
         finally:
             writer.close()
+
+
+def _pid_behind(path: Path) -> int | None:
+    """Ask the kernel who listens on a Unix socket; None when it does not say."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+            owner = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        except OSError:
+            return None
+    pid: int = _UCRED.unpack(owner)[0]
+    return pid
 
 
 def _checked(name: str) -> str:

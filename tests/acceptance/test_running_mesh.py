@@ -227,6 +227,20 @@ def test_a_stopped_agent_is_replaced(project: Path, own_mesh_dir: Path) -> None:
         assert "the process is stopped (T)" in json.loads(entry)["reason"]
 
 
+def test_a_stopped_supervisord_is_not_said_to_be_gone(project: Path) -> None:
+    with mesh_up(project, "--agents", "portfolio"):
+        pid = status(project)["supervisor_pid"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            told = {words: run_mesh(words, cwd=project) for words in ("status", "down", "doctor")}
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    assert (told["status"].code, told["down"].code, told["doctor"].code) == (69, 69, 1)
+    for each in told.values():
+        assert f"kill -9 {pid}" in each.out + each.err
+
+
 def test_a_new_agent_joins_a_running_mesh(project: Path) -> None:
     with mesh_up(project):
         before = pids(project)

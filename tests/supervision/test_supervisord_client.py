@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from mesh.cli.exits import code_of
 from mesh.supervision.supervisord import (
     NOT_RUNNING,
     ProcessInfo,
     SupervisorClient,
     SupervisorError,
+    SupervisorSilentError,
     SupervisorUnavailableError,
 )
 from tests.plumbing.processes import eventually, is_alive, running
@@ -210,7 +212,10 @@ async def test_a_stopped_supervisord_does_not_hold_the_caller(rundir: Path) -> N
         os.kill(pid, signal.SIGSTOP)
         try:
             async with asyncio.timeout(10):
-                with pytest.raises(SupervisorUnavailableError, match="did not answer"):
+                with pytest.raises(SupervisorSilentError, match="did not answer") as silent:
                     await client.processes()
         finally:
             os.kill(pid, signal.SIGCONT)
+        assert f"supervisord (pid {pid})" in str(silent.value)
+        assert f"kill -9 {pid}" in str(silent.value)
+        assert code_of(silent.value) == 69
