@@ -29,7 +29,7 @@ from mesh.cli.starting import (
 from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
 from mesh.supervision.boot import BootError
-from mesh.supervision.conf import has_own_redis, read_replicas
+from mesh.supervision.conf import has_own_redis, programs_of, read_replicas
 from mesh.supervision.supervisord import SupervisorError, SupervisorUnavailableError
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def up(
       mesh up --with-redis
     """  # noqa: D301 - click's mark for lines it must not wrap
     place = Place.find(directory)
+    # Where there is no project no run directory is made either
+    programs_of(place.project)
     config = checked_settings(place.rundir, with_redis=with_redis)
     if not with_redis and has_own_redis(place.rundir):
         say.note(

@@ -108,6 +108,19 @@ def test_a_parameter_must_be_a_pair(text: str) -> None:
     assert call("run", "--param", text).exit_code == 2
 
 
+def test_a_start_without_a_project_leaves_nothing(
+    tmp_path: Path, own_mesh_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    refused = call("up", "-d")
+
+    assert refused.exit_code == 78
+    assert "begin one: mesh init" in refused.output
+    assert not own_mesh_dir.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_memory_fabric_joins_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEGION_BROKER_TYPE", "memory")
 
