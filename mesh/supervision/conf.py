@@ -26,6 +26,8 @@ _PROGRAM = "program:"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 #: What a script ends with that is an agent.
 _RUNS = re.compile(r"__main__.*\brun\(", re.DOTALL)
+#: How a percent sign is written for supervisord, which else reads ``%(...)s`` there.
+_PERCENT, _PERCENT_TWICE = "%%", "%%%%"
 #: supervisord's own words for where output goes, in place of a path.
 _NO_PATHS = ("auto", "none", "off", "syslog")
 
@@ -114,7 +116,8 @@ def render(
         _add_redis(parser)
     for section in parser.sections():
         for key, value in parser.items(section):
-            parser.set(section, key, _translate(value, project, rundir))
+            percent = _PERCENT_TWICE if _is_expanded_twice(section, key) else _PERCENT
+            parser.set(section, key, _translate(value, project, rundir, percent))
     if os.geteuid() == 0:
         parser.set("supervisord", "user", "root")
     path = rundir.path / "conf" / "supervisord.conf"
@@ -213,12 +216,21 @@ def _read(project: Path) -> configparser.RawConfigParser:
     return parser
 
 
-def _translate(value: str, project: Path, rundir: RunDir) -> str:
-    """Put real paths where the file says ``%(here)s``."""
-    for pattern, path in (
-        ("%(here)s/.venv/bin/python", sys.executable),
-        ("%(here)s/.mesh", str(rundir.path)),
-        ("%(here)s", str(project.absolute())),
-    ):
-        value = value.replace(pattern, path.replace("%", "%%"))
-    return value
+def _is_expanded_twice(section: str, key: str) -> bool:
+    """Say whether supervisord reads ``%(...)s`` in a value, and then again in what it got."""
+    if section == "supervisord":
+        return key == "environment"
+    return key in ("stdout_logfile", "stderr_logfile")
+
+
+def _translate(value: str, project: Path, rundir: RunDir, percent: str) -> str:
+    """Put real paths where the file says ``%(here)s``, with their percent signs written so."""
+    paths = {
+        "%(here)s/.venv/bin/python": sys.executable,
+        "%(here)s/.mesh": str(rundir.path),
+        "%(here)s": str(project.absolute()),
+    }
+    # In one pass: a path may look like a pattern
+    return re.sub(
+        "|".join(map(re.escape, paths)), lambda found: paths[found[0]].replace("%", percent), value
+    )

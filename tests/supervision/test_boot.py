@@ -113,6 +113,17 @@ async def test_up_and_down_leave_nothing(project: Path, home: RunDir) -> None:
         await boot.down(home)
 
 
+async def test_percent_signs_in_paths_mean_nothing(project: Path, own_mesh_dir: Path) -> None:
+    """supervisord reads them in some values once, in others twice."""
+    home = RunDir(own_mesh_dir / "50%(here)s")
+    odd = project.with_name("100% ours")
+    os.rename(project, odd)
+
+    async with mesh(odd, home, "risk"):
+        assert set(await pids(home)) == {"forwarder", "monitor", "risk"}
+        assert home.output("risk").exists()
+
+
 async def test_a_second_up_is_refused_and_the_first_undisturbed(
     project: Path, home: RunDir
 ) -> None:
