@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -25,7 +26,9 @@ from mesh.cli.place import (
     own_redis_is_down,
     settings_of,
 )
+from mesh.cli.publish import load_schemas
 from mesh.errors import ConfigurationError, MeshError
+from mesh.events import is_declared
 from mesh.rundir import MAX_SOCKET_PATH
 from mesh.supervision.conf import (
     INFRASTRUCTURE,
@@ -95,7 +98,7 @@ def doctor(json_form: bool, directory: str | None) -> None:
         *_locks(place.rundir),
         *asyncio.run(_journal(place)),
         *asyncio.run(_answers(place.rundir)),
-        *_topics(place.rundir),
+        *_topics(place),
     ]
     failed = any(row.verdict == "fail" for row in rows)
     if json_form:
@@ -292,8 +295,10 @@ def _socket(rundir: RunDir, name: str) -> Row:
     return Row(f"{name} socket", "ok", str(path))
 
 
-def _topics(rundir: RunDir) -> Iterator[Row]:
-    for name, topic in topics_of(rundir).items():
+def _topics(place: Place) -> Iterator[Row]:
+    with contextlib.suppress(ConfigurationError):  # no project is said already
+        load_schemas(place.project)
+    for name, topic in topics_of(place.rundir).items():
         if topic.disagreement is not None:
             remedy = "import one declaration; the same LEGION_DURABLE_EVENTS for all; mesh restart"
             yield Row("topic", "fail", f"{name} is {topic.disagreement}", remedy)
@@ -301,4 +306,6 @@ def _topics(rundir: RunDir) -> Iterator[Row]:
             continue
         who = ", ".join(topic.said_by or topic.heard_by)
         remedy = "nobody needs it?" if topic.said_by else "a misspelt type, or nothing said it yet"
-        yield Row("topic", "warn", f"{name} ({who}): {topic.orphan}", remedy)
+        # Whoever declares a type has not misspelt it: eyes may be all that is to see it
+        verdict, remedy = ("ok", "") if is_declared(name) else ("warn", remedy)
+        yield Row("topic", verdict, f"{name} ({who}): {topic.orphan}", remedy)

@@ -69,3 +69,18 @@ def test_two_who_hear_are_compared_too(home: RunDir) -> None:
     hears(home, "clerk@2", "shop.order", durable=False)
 
     assert topics_of(home)["shop.order"].disagreement == "durable for clerk, live for clerk@2"
+
+
+def test_only_a_type_that_nobody_has_declared_may_be_misspelt(home: RunDir) -> None:
+    says(home, "book", "portfolio.updated", durable=False)
+    says(home, "book", "portfolio.updatted", durable=False)
+    hears(home, "clerk", "order.executd", durable=False)
+
+    doctor = CliRunner().invoke(cli, ["doctor", "--json"])
+
+    rows = [row for row in json.loads(doctor.stdout)["rows"] if row["check"] == "topic"]
+    assert {row["found"]: row["verdict"] for row in rows} == {
+        "portfolio.updated (book): said, but heard by nobody": "ok",
+        "portfolio.updatted (book): said, but heard by nobody": "warn",
+        "order.executd (clerk): heard, but said by nobody yet": "warn",
+    }
