@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.2
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")
-_LOCAL_TIME = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) ")
+_LOCAL_TIME = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) ")
 _SUFFIXES = (".log", ".out")
 _COLOURS: dict[str, say.Colour] = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 
@@ -151,7 +151,8 @@ class Followed:
                 yield Entry(at, self.path.stem, "\n".join(lines))
                 lines = []
             at = found or at
-            lines.append(line)
+            # One clock in all lines, whatever zone supervisord wrote its own in
+            lines.append(_LOCAL_TIME.sub(f"{at} ", line) if found else line)
         if lines:
             yield Entry(at, self.path.stem, "\n".join(lines))
 

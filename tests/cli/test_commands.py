@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,6 +19,7 @@ from mesh.cli.templates import agent_script, sample_of
 from tests.plumbing.processes import MESH, ROOT, run_mesh, run_python
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -420,6 +422,28 @@ def test_logs_merge_by_time(rundir: Path) -> None:
     assert [line.split("agent=")[-1][:3] for line in shown[::2]] == ["two", "one"]
     assert shown[1] == "    more of two"
     assert call("logs", "nobody").exit_code == 2
+
+
+@pytest.fixture
+def five_hours_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "EST5")  # in a form that needs no files
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("five_hours_behind")
+def test_logs_show_one_clock_wherever_supervisord_lives(own_mesh_dir: Path) -> None:
+    folder = own_mesh_dir / "log"
+    folder.mkdir(parents=True)
+    (folder / "supervisord.log").write_text("2026-01-01 07:00:02,500 INFO spawned: 'a'\n")
+    (folder / "a.log").write_text("2026-01-01T12:00:01.000Z INFO agent=a x: 2026-01-01 1:2:3\n")
+
+    assert call("logs").output.splitlines() == [
+        "2026-01-01T12:00:01.000Z INFO agent=a x: 2026-01-01 1:2:3",
+        "supervisord: 2026-01-01T12:00:02.500Z INFO spawned: 'a'",
+    ]
 
 
 def test_following_goes_on_over_a_rotation(tmp_path: Path) -> None:
