@@ -212,6 +212,11 @@ def test_a_blocked_loop_is_replaced_and_its_stack_is_kept(
         stacks = (own_mesh_dir / "stacks" / f"hanging.{before['hanging']}.txt").read_text()
         assert "in on_request" in stacks
         assert pids(project)["portfolio"] == before["portfolio"]
+        # What it held was published by a command that has ended, and is lost all the same
+        told = status(project)
+        assert programs(project)["hanging"]["lost"] == told["lost"] == 1
+        assert list(told["lost_by_link"].values()) == [1]
+        assert "all agents are well; 1 event was lost" in run_mesh("status", cwd=project).out
 
 
 @pytest.mark.fault
