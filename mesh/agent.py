@@ -24,22 +24,20 @@ from mesh.config import MessageBusConfig
 from mesh.consumer import ConsumerConfig, EventConsumer
 from mesh.context import HandlerContext, current_context
 from mesh.deadletters import DeadLetters
-from mesh.errors import PayloadError, is_outage
+from mesh.errors import PayloadError
 from mesh.handlers import EventHandlerRegistry
 from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.ledger_views import Backlog
-from mesh.logs import Sparing
 from mesh.marks import check_marked, handlers_marked, is_source, marked_methods, period_of
+from mesh.own_work import OwnWork
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.replicas import MAX_REPLICAS
 from mesh.requests import Requester
-from mesh.retry import OUTAGE
 from mesh.values import Value, field
 
 if TYPE_CHECKING:
     from collections.abc import (
         AsyncIterator,
-        Awaitable,
         Callable,
         Coroutine,
         Iterable,
@@ -52,10 +50,9 @@ if TYPE_CHECKING:
     from mesh.clock import Clock
     from mesh.events import Event
     from mesh.handlers import Middleware
+    from mesh.own_work import Call
     from mesh.workers import WorkerPool
 
-#: A source that ran for so long had found the fabric well.
-_STEADY_S = 30.0
 #: `headroom` waits while more events than this are under way in the mesh.
 MAX_UNDER_WAY = 8192
 #: Half of what ZeroMQ holds on each leg (`mesh.brokers.zeromq.HIGH_WATER_FRAMES`).
@@ -175,7 +172,6 @@ class Agent:
         self._was_set_up = False
         #: Set once every source has returned; at once where there is none.
         self.sources_done = asyncio.Event()
-        self._sparing = Sparing(self.log)
         self._workers: WorkerPool | None = None
         self._backlog: Backlog | None = None
 
@@ -403,19 +399,23 @@ class Agent:
 
     async def work(self) -> None:
         """Run timers and sources; returns when all sources have, and never with a timer."""
+        marked = [(getattr(self, name), method) for name, method in marked_methods(type(self))]
+        sources = [call for call, method in marked if is_source(method)]
+        own = OwnWork(self.context.ledger, self.clock, self.log)
         async with asyncio.TaskGroup() as tasks:
-            for name, method in marked_methods(type(self)):
+            for call, method in marked:
                 if (seconds := period_of(method)) is not None:
-                    tasks.create_task(self._repeat(getattr(self, name), seconds), name=name)
-            sources = [
-                getattr(self, name)
-                for name, method in marked_methods(type(self))
-                if is_source(method)
-            ]
+                    tasks.create_task(own.repeat(call, seconds), name=call.__name__)
             if sources:
-                tasks.create_task(self._run_sources(sources), name="sources")
+                tasks.create_task(self._run_sources(own, sources), name="sources")
             else:
                 self.sources_done.set()
+
+    async def _run_sources(self, own: OwnWork, sources: list[Call]) -> None:
+        await self.context.gate.wait()
+        await self.context.broker.synchronize()
+        await own.run_sources(sources, self.publisher.flush)
+        self.sources_done.set()
 
     async def close(self) -> None:
         """Hear nothing more, drain, tear down, send what is batched."""
@@ -433,75 +433,3 @@ class Agent:
         await self.publisher.close()
         await self._dead_letters.close()
         ledger.set("state", STATES.index("stopped"))
-
-    async def _run_sources(self, sources: list[Callable[[], Awaitable[None]]]) -> None:
-        ledger = self.context.ledger
-        await self.context.gate.wait()
-        await self.context.broker.synchronize()
-        ledger.set("sources", SOURCES.index("running"))
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for run in sources:
-                    tasks.create_task(self._call(run), name=_name_of(run))
-            await self.publisher.flush()
-        except Exception:
-            ledger.set("sources", SOURCES.index("failed"))
-            raise
-        ledger.set("sources", SOURCES.index("done"))
-        self.sources_done.set()
-
-    async def _call(self, source: Callable[[], Awaitable[None]]) -> None:
-        """Call a source, again after an outage: to start the process anew would not end that."""
-        tries = 0
-        while True:
-            begun_s = self.clock.mono_s()
-            try:
-                await source()
-            except asyncio.CancelledError as error:
-                if _is_being_cancelled():
-                    raise
-                # A task group takes a task that ends so for one that was to end
-                raise RuntimeError(f"{_name_of(source)} awaited what was cancelled") from error
-            except Exception as error:
-                if not is_outage(error):
-                    raise
-                tries = tries + 1 if self.clock.mono_s() - begun_s < _STEADY_S else 1
-                name = _name_of(source)
-                self._say_outage(name, f"{name} waits, and is then called again", error)
-                await self.clock.sleep(OUTAGE.delay_s(tries))
-            else:
-                return
-
-    def _say_outage(self, kind: str, words: str, error: BaseException) -> None:
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        self.context.ledger.count("outages_met")
-        self._sparing.say(kind, logging.WARNING, f"{words}: {error}")
-
-    async def _repeat(self, call: Callable[[], Awaitable[None]], seconds: float) -> None:
-        due_s = self.clock.mono_s() + seconds
-        while True:
-            await self.clock.sleep(max(0.0, due_s - self.clock.mono_s()))
-            try:
-                await call()
-            except (Exception, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
-                    raise
-                self.context.ledger.count("timer_failed")
-                words = f"timer {call.__name__} failed; it is called again"
-                if is_outage(error):
-                    self._say_outage(call.__name__, words, error)
-                else:
-                    self.log.exception("%s", words)
-            # A call that took too long skips the beats it missed instead of hurrying after them
-            due_s = max(due_s + seconds, self.clock.mono_s())
-
-
-def _is_being_cancelled() -> bool:
-    """Say whether somebody wants this very task to end."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def _name_of(call: Callable[[], Awaitable[None]]) -> str:
-    return getattr(call, "__name__", "source")

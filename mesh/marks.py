@@ -9,8 +9,9 @@ import inspect
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from mesh.errors import HandlerSignatureError
-from mesh.handlers import HandlerPriority, check_limits, signature_of
+from mesh.handlers import HandlerPriority, check_limits
 from mesh.middleware.filter import only
+from mesh.signatures import signature_of
 from mesh.topics import check_topic
 from mesh.values import Value
 

@@ -18,7 +18,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
     (
         "6 ends",
         [
-            {"requests", "dead_letter_queue"},
+            {"own_work", "requests", "dead_letter_queue"},
             {"publisher", "consumer", "workers"},
             {"gaps", "intake", "outbox", "sharing", "slots"},
             {"tries"},
@@ -32,7 +32,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
     (
         "2 pure tools",
         [
-            {"account", "codec", "filters", "retry", "stats", "telemetry"},
+            {"account", "codec", "filters", "retry", "signatures", "stats", "telemetry"},
             {"batch", "columns", "ledger_views"},
             {"payloads"},
             {"batch", "beats", "card", "causality", "deadletters", "ledger", "process", "rosters"},
