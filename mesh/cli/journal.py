@@ -100,7 +100,7 @@ def ls(json_form: bool, directory: str | None) -> None:
     else:
         _show(views)
     if size is not None:
-        say.line(f"{size.events} events are kept, {say.size(size.bytes)}")
+        say.line(f"kept: {say.counted(size.events, 'event')}, {say.size(size.bytes)}")
     for group in sorted(filter(known.is_stray, {view.group for view in views})):
         say.note(
             f"no agent {group} stands in {known.conf}; if it will not come back:"
@@ -164,7 +164,7 @@ def trim(
     if json_form:
         say.as_json({"forgotten": gone or 0})
     else:
-        say.line(f"forgot {gone or 0} events that every group had settled")
+        say.line(f"forgot {say.counted(gone or 0, 'event')} that every group had settled")
 
 
 @journal.command()
@@ -203,7 +203,7 @@ def forget(
     found = _with_journal(place.rundir, lambda opened: _found(opened, group, topic))
     owed, has_state = found or (0, False)
     if found is not None and not yes:
-        what = f"{owed} events that {group} has not settled{f' of {topic}' if topic else ''}"
+        what = f"{say.counted(owed, 'event')} that {group} has not settled{f' of {topic}' if topic else ''}"
         what += ", and its state" if has_state else ""
         if not say.is_terminal(sys.stdin):
             raise click.UsageError(f"{what} would be forgotten; say --yes to mean it")
@@ -215,7 +215,7 @@ def forget(
     if json_form:
         say.as_json({"group": group, "topic": topic, "forgotten": True, "pending": owed})
     else:
-        say.line(f"{said} is forgotten, with {owed} events it had not settled")
+        say.line(f"{said} is forgotten, with {say.counted(owed, 'event')} it had not settled")
 
 
 def _require_gone(place: Place, group: str, topic: str | None, *, force: bool) -> None:
