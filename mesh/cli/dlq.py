@@ -65,7 +65,7 @@ def dlq() -> None:
 
     A dead letter is what could not be handled: an event whose handler gave up, one that expired or
     ended its process over and over, bytes that are no event, a publish that failed. They are kept
-    with the events of the mesh, also while it is down.
+    with the events of the mesh, also while it is down (unless that has a redis-server of its own).
 
     \b
     Example:

@@ -203,7 +203,8 @@ def forget(
     found = _with_journal(place.rundir, lambda opened: _found(opened, group, topic))
     owed, has_state = found or (0, False)
     if found is not None and not yes:
-        what = f"{say.counted(owed, 'event')} that {group} has not settled{f' of {topic}' if topic else ''}"
+        of_topic = f" of {topic}" if topic else ""
+        what = f"{say.counted(owed, 'event')} that {group} has not settled{of_topic}"
         what += ", and its state" if has_state else ""
         if not say.is_terminal(sys.stdin):
             raise click.UsageError(f"{what} would be forgotten; say --yes to mean it")

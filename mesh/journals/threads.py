@@ -133,3 +133,5 @@ class DatabaseThread:
                 future.set_result(None)
             else:
                 future.set_exception(error)
+                # Whoever waited for it may have been cancelled, and a shield does not ask then
+                future.exception()

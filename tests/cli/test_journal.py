@@ -121,7 +121,7 @@ def test_an_agent_of_this_project_is_forgotten_by_force_only(kept: Path, tmp_pat
 
 
 def test_what_is_kept_in_all_is_told(kept: Path, own_mesh_dir: Path) -> None:
-    assert "20 events are kept, " in call("ls").stdout
+    assert "kept: 20 events, " in call("ls").stdout
     shown = told("ls")
     assert shown["events"] == 20
     assert shown["bytes"] > 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import sqlite3
 import stat
@@ -25,6 +26,7 @@ from mesh.journal import Record, Step
 from mesh.journals import local
 from mesh.journals.database import Database
 from mesh.journals.sqlite import TIMEOUT_S, SQLiteJournal
+from mesh.journals.threads import DatabaseThread
 from mesh.journals.views import merged
 from mesh.supervision.liveness import LivenessConfig
 from mesh.supervision.monitor import ABORT_GRACE_S, LOOK_EVERY_S
@@ -402,3 +404,22 @@ async def test_many_topics_are_trimmed_and_a_group_hears_a_bounded_number(path: 
             await journal.declare("risk", names[400:500])
         assert await journal.trim(max_age_s=-1) == 500
         assert len(await journal.scan()) == 400
+
+
+async def test_who_gives_up_opening_a_damaged_journal_leaves_no_error_behind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "journal.db"
+    path.write_bytes(b"no database" * 1000)
+    thread = DatabaseThread(
+        "writer", Database(path, "NORMAL", 1.0), lambda *_: None, lambda *_: None
+    )
+    opening = asyncio.create_task(thread.start())
+    await asyncio.sleep(0)
+    opening.cancel()
+    await asyncio.gather(opening, return_exceptions=True)
+    await thread.stop()
+
+    del thread
+    gc.collect()
+    assert "never retrieved" not in caplog.text
