@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -151,7 +152,7 @@ def test_a_killed_process_is_back_and_nobody_else_restarts(project: Path, victim
 @pytest.mark.fault
 def test_what_a_killed_agent_missed_is_counted_to_the_event(project: Path) -> None:
     """Once the source has ended, whatever it said is handled or counted as lost."""
-    with mesh_up(project, "--param", "speed=1000", "--param", "bars=20000"):
+    with mesh_up(project, "--param", "speed=1000", "--param", "bars=8000"):
         victim = pids(project)["features"]
         wait_until(lambda: programs(project)["features"]["handled"] > 500)
 
@@ -162,7 +163,7 @@ def test_what_a_killed_agent_missed_is_counted_to_the_event(project: Path) -> No
 
         row = programs(project)["features"]
         assert row["lost"] > 0
-        assert row["handled"] + row["lost"] == 20_000
+        assert row["handled"] + row["lost"] == 8_000
 
 
 @pytest.mark.fault
@@ -289,7 +290,6 @@ def test_a_reload_names_scripts_that_were_edited(project: Path) -> None:
     [
         (),
         ("--hears", "signal.generated", "--says", "order.executed"),
-        ("--hears", "features.computed", "--says", "signal.generated"),
         ("--hears", "shop.opened", "--says", "order.requested"),
     ],
     ids=" ".join,
@@ -324,21 +324,25 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    ("script", "words"),
-    [
-        ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
-        ("def broken(:", "SyntaxError: invalid syntax"),
-        ("x = 1", "no agent class"),
-        (FAILING_SETUP, "RuntimeError: no setup today"),
-        # Longer than supervisord's `startsecs`: for it the program has run
-        (FAILING_SETUP.replace("raise", "await self.clock.sleep(1.5); raise"), "no setup today"),
-    ],
-)
-def test_a_broken_script_is_told_and_the_others_run(project: Path, script: str, words: str) -> None:
-    (project / "agents" / "signals.py").write_text(script)
+#: By the agent that is broken so: its script, and what must be said of it.
+BROKEN = {
+    "features": ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
+    "signals": ("def broken(:", "SyntaxError: invalid syntax"),
+    "risk": ("x = 1", "no agent class"),
+    "execution": (FAILING_SETUP, "RuntimeError: no setup today"),
+    # Longer than supervisord's `startsecs`: for it the program has run
+    "portfolio": (
+        FAILING_SETUP.replace("raise", "await self.clock.sleep(1.5); raise"),
+        "no setup today",
+    ),
+}
 
-    started = run_mesh("up", "-d", cwd=project, timeout_s=60)
+
+def test_broken_scripts_are_told_and_the_others_run(project: Path) -> None:
+    for name, (script, _) in BROKEN.items():
+        (project / "agents" / f"{name}.py").write_text(script)
+
+    started = run_mesh("up", "-d", cwd=project, timeout_s=90)
     try:
         told = run_mesh("status", cwd=project)
         rows = programs(project)
@@ -346,10 +350,11 @@ def test_a_broken_script_is_told_and_the_others_run(project: Path, script: str, 
         assert run_mesh("down", cwd=project).code == 0
 
     assert started.code == 70
-    assert words in started.err
     assert told.code == 1
-    assert words in told.out
-    assert [name for name, row in rows.items() if row["state"] != "ready"] == ["signals"]
+    for name, (_, words) in BROKEN.items():
+        assert re.search(f"{name}.*{words}", started.err), started.err
+        assert re.search(f"{name}.*{words}", told.out), told.out
+    assert {name for name, row in rows.items() if row["state"] != "ready"} == set(BROKEN)
 
 
 def test_all_configuration_mistakes_are_told_at_once(

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.fault, pytest.mark.redis]
 
-#: What is promised.
-REFUSED_S = 3.0
+#: Far from the minute that waiting for a fabric takes, on a busy machine too.
+REFUSED_S = 20.0
 
 
 @pytest.fixture
