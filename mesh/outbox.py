@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ class Outbox:
         self._drainer: asyncio.Task[None] | None = None
         self._full_batches = 0
         #: Events and frames that left since `events_a_frame` was asked last, and its answer.
-        self._sent, self._frames, self._density = 0, 0, 1.0
+        self._sent, self._frames, self._density = 0, 0, math.inf
         self._closed = False
         self._sparing = Sparing(_log)
 
@@ -335,7 +336,7 @@ class Outbox:
                 await asyncio.gather(self._drainer, return_exceptions=True)
 
     def events_a_frame(self) -> float:
-        """Tell how many events shared a frame since this was asked last; at first 1."""
+        """Tell how many live events shared a frame since this was asked last; none: infinite."""
         if self._frames:
             self._density = self._sent / self._frames
             self._sent = self._frames = 0

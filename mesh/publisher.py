@@ -396,7 +396,7 @@ class EventPublisher:
         await self._outbox.flush(timeout_s)
 
     def events_a_frame(self) -> float:
-        """Tell how many events shared a frame since this was asked last; at first 1."""
+        """Tell how many live events shared a frame since this was asked last; none: infinite."""
         return self._outbox.events_a_frame()
 
     async def close(self) -> None:

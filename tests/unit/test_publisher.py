@@ -88,6 +88,20 @@ async def test_the_first_event_of_a_turn_leaves_at_once_and_the_rest_together(
     await publisher.close()
 
 
+@pytest.mark.parametrize(("wire_format", "together"), [("json", 1), ("msgpack", 256)])
+async def test_how_many_events_share_a_frame_is_known(
+    fabric: Fabric, wire_format: str, together: int
+) -> None:
+    """The fabric holds so many frames: who goes by events has to know how many are in one."""
+    publisher = publisher_on(fabric, wire_format=wire_format)
+    assert publisher.events_a_frame() == math.inf
+
+    await publisher.publish_batch([(READING, {"value": n}) for n in range(256)])
+
+    assert [publisher.events_a_frame() for _ in range(2)] == [together, together]
+    await publisher.close()
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 async def test_no_batch_is_over_its_limits_and_all_is_in_order(
     fabric: Fabric, at_once: bool
