@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mesh.cli.facts import look
+from mesh.rundir import RunDir
 from tests.plumbing.processes import (
     is_alive,
     run_mesh,
@@ -61,24 +64,24 @@ def mesh_up(project: Path, *options: str) -> Iterator[None]:
         assert stopped.code == 0, stopped
 
 
-def status(project: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(run_mesh("status", "--json", cwd=project).out)
-    return told
+def status() -> dict[str, Any]:
+    """Give what `mesh status --json` would; a process for each look would starve what is tested."""
+    return asyncio.run(look(RunDir.from_env())).to_dict()
 
 
-def programs(project: Path) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in status(project)["programs"]}
+def programs() -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in status()["programs"]}
 
 
-def pids(project: Path) -> dict[str, int]:
-    return {name: row["pid"] for name, row in programs(project).items()}
+def pids() -> dict[str, int]:
+    return {name: row["pid"] for name, row in programs().items()}
 
 
-def ready_again(project: Path, name: str, old_pid: int, within_s: float) -> None:
+def ready_again(name: str, old_pid: int, within_s: float) -> None:
     """Wait for a successor that is READY."""
 
     def is_back() -> bool:
-        row = programs(project)[name]
+        row = programs()[name]
         return bool(row["state"] == "ready" and row["pid"] != old_pid)
 
     wait_until(is_back, within_s=within_s)
@@ -117,30 +120,30 @@ def test_two_meshes_run_side_by_side(project: Path, bars: Path, own_mesh_dir: Pa
 
         assert other.code == 0, other
         assert json.loads(other.out)["lost"] == 0
-        assert all(row["state"] == "ready" for row in programs(project).values())
+        assert all(row["state"] == "ready" for row in programs().values())
 
 
 def test_a_second_mesh_in_the_same_directory_is_refused(project: Path) -> None:
     with mesh_up(project):
-        before = pids(project)
+        before = pids()
 
         second = run_mesh("up", "-d", cwd=project)
 
         assert second.code == 75
         assert "already held by process" in second.err
-        assert pids(project) == before
+        assert pids() == before
 
 
 @pytest.mark.fault
 def test_a_killed_process_is_back_and_nobody_else_restarts(project: Path) -> None:
     with mesh_up(project):
         for victim in ("features", "monitor", "forwarder"):
-            before = pids(project)
+            before = pids()
 
             os.kill(before[victim], signal.SIGKILL)
-            ready_again(project, victim, before[victim], within_s=10)
+            ready_again(victim, before[victim], within_s=10)
 
-            after = pids(project)
+            after = pids()
             assert [name for name in before if after[name] != before[name]] == [victim]
 
 
@@ -148,15 +151,15 @@ def test_a_killed_process_is_back_and_nobody_else_restarts(project: Path) -> Non
 def test_what_a_killed_agent_missed_is_counted_to_the_event(project: Path) -> None:
     """Once the source has ended, whatever it said is handled or counted as lost."""
     with mesh_up(project, "--param", "speed=1000", "--param", "bars=8000"):
-        victim = pids(project)["features"]
-        wait_until(lambda: programs(project)["features"]["handled"] > 500)
+        victim = pids()["features"]
+        wait_until(lambda: programs()["features"]["handled"] > 500)
 
         os.kill(victim, signal.SIGKILL)
-        ready_again(project, "features", victim, within_s=10)
-        wait_until(lambda: programs(project)["market_data"]["sources"] == "done", within_s=60)
-        wait_until(lambda: status(project)["in_flight"] == 0)
+        ready_again("features", victim, within_s=10)
+        wait_until(lambda: programs()["market_data"]["sources"] == "done", within_s=60)
+        wait_until(lambda: status()["in_flight"] == 0)
 
-        row = programs(project)["features"]
+        row = programs()["features"]
         assert row["lost"] > 0
         assert row["handled"] + row["lost"] == 8_000
 
@@ -164,14 +167,14 @@ def test_what_a_killed_agent_missed_is_counted_to_the_event(project: Path) -> No
 @pytest.mark.fault
 def test_no_orphan_survives_a_killed_supervisord(project: Path, own_mesh_dir: Path) -> None:
     assert run_mesh("up", "-d", cwd=project).code == 0
-    all_pids = pids(project)
+    all_pids = pids()
     supervisord = int((own_mesh_dir / "run" / "supervisord.pid").read_text())
 
     os.kill(supervisord, signal.SIGKILL)
 
     wait_until(lambda: not any(is_alive(pid) for pid in all_pids.values()), within_s=12)
     with mesh_up(project):
-        assert set(pids(project)) == set(all_pids)
+        assert set(pids()) == set(all_pids)
 
 
 HANGING = """
@@ -198,19 +201,19 @@ def test_a_blocked_loop_is_replaced_and_its_stack_is_kept(
     run_mesh("new", "hanging", cwd=project)
     (project / "agents" / "hanging.py").write_text(HANGING)
     with mesh_up(project, "--agents", "hanging,portfolio"):
-        before = pids(project)
+        before = pids()
 
         said = run_mesh("publish", "please.hang", "{}", cwd=project)
         assert said.code == 0, said
         # 12 s on a quiet machine; mesh/supervision/liveness.py says what is promised on others
-        ready_again(project, "hanging", before["hanging"], within_s=60)
+        ready_again("hanging", before["hanging"], within_s=60)
 
         stacks = (own_mesh_dir / "stacks" / f"hanging.{before['hanging']}.txt").read_text()
         assert "in on_request" in stacks
-        assert pids(project)["portfolio"] == before["portfolio"]
+        assert pids()["portfolio"] == before["portfolio"]
         # What it held was published by a command that has ended, and is lost all the same
-        told = status(project)
-        assert programs(project)["hanging"]["lost"] == told["lost"] == 1
+        told = status()
+        assert programs()["hanging"]["lost"] == told["lost"] == 1
         assert list(told["lost_by_link"].values()) == [1]
         assert "all agents are well; 1 event was lost" in run_mesh("status", cwd=project).out
 
@@ -219,10 +222,10 @@ def test_a_blocked_loop_is_replaced_and_its_stack_is_kept(
 @pytest.mark.timeout(120)
 def test_a_stopped_agent_is_replaced(project: Path, own_mesh_dir: Path) -> None:
     with mesh_up(project):
-        before = pids(project)
+        before = pids()
 
         os.kill(before["risk"], signal.SIGSTOP)
-        ready_again(project, "risk", before["risk"], within_s=60)
+        ready_again("risk", before["risk"], within_s=60)
 
         (entry,) = (own_mesh_dir / "log" / "restarts.jsonl").read_text().splitlines()
         assert "the process is stopped (T)" in json.loads(entry)["reason"]
@@ -230,7 +233,7 @@ def test_a_stopped_agent_is_replaced(project: Path, own_mesh_dir: Path) -> None:
 
 def test_a_stopped_supervisord_is_not_said_to_be_gone(project: Path) -> None:
     with mesh_up(project, "--agents", "portfolio"):
-        pid = status(project)["supervisor_pid"]
+        pid = status()["supervisor_pid"]
         os.kill(pid, signal.SIGSTOP)
         try:
             told = {words: run_mesh(words, cwd=project) for words in ("status", "down", "doctor")}
@@ -244,13 +247,13 @@ def test_a_stopped_supervisord_is_not_said_to_be_gone(project: Path) -> None:
 
 def test_a_new_agent_joins_a_running_mesh(project: Path) -> None:
     with mesh_up(project):
-        before = pids(project)
+        before = pids()
 
         made = run_mesh("new", "hello", cwd=project)
         loaded = run_mesh("reload", cwd=project)
 
         assert (made.code, loaded.code) == (0, 0), (made, loaded)
-        rows = programs(project)
+        rows = programs()
         assert rows["hello"]["state"] == "ready"
         assert {name: rows[name]["pid"] for name in before} == before
 
@@ -332,7 +335,7 @@ def test_broken_scripts_are_told_and_the_others_run(project: Path) -> None:
     started = run_mesh("up", "-d", cwd=project, timeout_s=90)
     try:
         told = run_mesh("status", cwd=project)
-        rows = programs(project)
+        rows = programs()
     finally:
         assert run_mesh("down", cwd=project).code == 0
 
