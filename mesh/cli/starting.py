@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Self
 
+from mesh.card import read_cards
 from mesh.cli import say
 from mesh.errors import BrokerUnavailableError
 from mesh.factory import make_broker
@@ -85,6 +86,13 @@ def tell_failures(rundir: RunDir, states: Sequence[ProgramState]) -> list[str]:
         names = " ".join(state.name for state in failed)
         say.note(f"more: mesh logs {names}  ({rundir.path / 'log'})")
     return [state.name for state in failed]
+
+
+def tell_unread(rundir: RunDir, params: Collection[str]) -> None:
+    """Name parameters that no agent has read by the time it was READY."""
+    read = {name for card in read_cards(rundir).values() for name in card.params_read}
+    for name in sorted(set(params) - read):
+        say.note(f"param {name}: no agent has asked for it so far; is it misspelt?", "yellow")
 
 
 def tell_unlisted(project: Path) -> None:

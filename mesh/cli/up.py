@@ -25,6 +25,7 @@ from mesh.cli.starting import (
     ready,
     tell_failures,
     tell_unlisted,
+    tell_unread,
 )
 from mesh.errors import EXIT_BUG
 from mesh.supervision import boot
@@ -138,6 +139,8 @@ async def _up(
                 failed.extend(tell_failures(rundir, states))
                 if agents is None:
                     tell_unlisted(place.project)
+                if not failed:
+                    tell_unread(rundir, params)
                 count = sum(state.verdict == "ready" for state in states)
                 say.line(
                     f"{count} of {say.counted(len(states), 'program')} READY"

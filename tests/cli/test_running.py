@@ -203,10 +203,17 @@ async def test_status_says_what_agents_wait_for(project: Path) -> None:
 
 
 async def test_up_in_the_foreground_takes_all_down(project: Path) -> None:
-    async with running(MESH, "up", cwd=project) as process:
-        await eventually(lambda: run_mesh("status", cwd=project).code == 0, within_s=20)
+    options = ("--param", "speed=10", "--param", "spede=10")
+    async with running(MESH, "up", *options, cwd=project) as process:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            if b"programs READY in" in line:
+                break
+        assert run_mesh("status", cwd=project).code == 0
         process.send_signal(signal.SIGTERM)
-        await process.communicate()
+        _, err = await process.communicate()
 
     assert process.returncode == 0
+    assert b"param spede: no agent has asked for it so far; is it misspelt?" in err
+    assert b"param speed:" not in err
     assert run_mesh("status", cwd=project).code == 3
