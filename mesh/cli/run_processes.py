@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _ASKER = "mesh-run"
 _GUARD_S = 0.2
 #: A run keeps its durable events and dead letters apart: they are no part of what `mesh up` keeps.
-JOURNAL = "run"
+_JOURNAL = "run"
 
 
 async def run_processes(
@@ -68,7 +68,7 @@ async def run_processes(
             params=params,
             agents=agents,
             broker_type=config.broker_type,
-            environment={"MESH_JOURNAL": JOURNAL},
+            environment={"MESH_JOURNAL": _JOURNAL},
             on_free=partial(_begin_journal, place, config, agents),
             on_wait=say.note,
         )
@@ -101,7 +101,7 @@ async def _begin_journal(
     place: Place, config: MessageBusConfig, agents: Collection[str] | None
 ) -> None:
     """A run begins with nothing kept: what the last one kept goes."""
-    journal = make_broker(config, place.rundir.path, journal=JOURNAL).make_journal()
+    journal = make_broker(config, place.rundir.path, journal=_JOURNAL).make_journal()
     try:
         await journal.connect()
     except ConfigurationError as error:
@@ -117,7 +117,7 @@ async def _begin_journal(
 def _any_journal(config: MessageBusConfig, rundir: RunDir) -> Journal:
     """Give the run's journal, to look and to erase; who must keep something in it is stricter."""
     lenient = replace(config, redis_allow_volatile=True)
-    return make_broker(lenient, rundir.path, journal=JOURNAL).make_journal()
+    return make_broker(lenient, rundir.path, journal=_JOURNAL).make_journal()
 
 
 class _Run:

@@ -107,7 +107,9 @@ def new(name: str, hears: str, says: str | None) -> None:
         {
             **begin,
             script: agent_script(name, *topics, payload=says_sample, declares=declares),
-            test: agent_test(name, *topics, payload=hears_sample or {"value": 1}),
+            test: agent_test(
+                name, *topics, payload={"value": 1} if hears_sample is None else hears_sample
+            ),
             conf: conf.read_text() + _section(project, name),
         }
     )
