@@ -109,10 +109,10 @@ def _show(facts: MeshFacts, journal: KeptFacts) -> None:
     if waiting:
         say.line(f"sources begin when all agents are READY: {', '.join(waiting)}", "yellow")
     if not facts.problems:
-        say.line(*_closing(facts, journal))
+        say.line(*closing(facts, journal))
 
 
-def _closing(facts: MeshFacts, kept: KeptFacts) -> tuple[str, say.Colour]:
+def closing(facts: MeshFacts, kept: KeptFacts) -> tuple[str, say.Colour]:
     """Sum up a mesh whose programs are all well, and the colour of it."""
     but = []
     if facts.lost:
