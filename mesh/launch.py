@@ -14,34 +14,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import os
 import shutil
 import signal
 import tempfile
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from mesh import codec
 from mesh.account import Account, account
 from mesh.card import read_cards
 from mesh.config import MessageBusConfig
-from mesh.errors import ConfigurationError, FrameError, MeshError
+from mesh.errors import FrameError, MeshError
 from mesh.events import declarations
 from mesh.factory import make_broker
 from mesh.ledger import Ledger
 from mesh.ledger_views import LedgerView, read_ledgers
-from mesh.loading import load_agent
+from mesh.origins import live, origins_of
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester
 from mesh.rundir import RunDir
-from mesh.runtime import Launch, guarded, run_launch
 from mesh.supervision.beats import BeatListener
 from mesh.workers import give_manager_back, sentinel_of, start_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from mesh.agent import Agent
@@ -101,7 +99,7 @@ class LaunchedMesh:
     ) -> None:
         """Check everything; nothing runs yet."""
         self.config = config or MessageBusConfig.from_env()
-        self._origins = _origins(agents, self.config)
+        self._origins = origins_of(agents, self.config)
         self._params = dict(params)
         self._directory = directory
         self._start_timeout_s = start_timeout_s
@@ -273,7 +271,7 @@ class LaunchedMesh:
         loop = asyncio.get_running_loop()
         for name, origin in self._origins.items():
             process = start_process(
-                _live, origin, name, str(self.rundir.path), self.config, self._params, name=name
+                live, origin, name, str(self.rundir.path), self.config, self._params, name=name
             )
             self._processes[name] = process
             loop.add_reader(sentinel_of(process), self._exited, sentinel_of(process))
@@ -388,33 +386,6 @@ class _Ear:
             await self._news.wait()
 
 
-def _origins(
-    agents: Sequence[type[Agent] | str | Path], config: MessageBusConfig
-) -> dict[str, tuple[str, str]]:
-    """Give, by agent name, where another process finds the class: module (or ``script``), name."""
-    problems: list[str] = []
-    if config.broker_type == "memory":
-        problems.append("broker_type=memory: does not reach other processes; use zmq")
-    origins: dict[str, tuple[str, str]] = {}
-    for each in agents:
-        if isinstance(each, (str, Path)):
-            name, origin = Path(each).stem, ("script", str(Path(each).absolute()))
-        else:
-            name = each.name or each.__name__.lower()
-            origin = (each.__module__, each.__qualname__)
-            if each.__module__ == "__main__" or "<locals>" in each.__qualname__:
-                problems.append(
-                    f"{each.__qualname__} of {each.__module__}: another process cannot import it;"
-                    " put it into a module at top level"
-                )
-        if name in origins:
-            problems.append(f"agent name {name!r} is used twice; names are unique")
-        origins[name] = origin
-    if problems:
-        raise ConfigurationError(problems)
-    return origins
-
-
 @contextlib.contextmanager
 def _monitors(rundir: RunDir) -> Iterator[None]:
     """Hold the place of the monitor: only one may open the gate of a directory."""
@@ -434,39 +405,3 @@ async def _end_forwarder(rundir: RunDir) -> None:
 
 def _said(joined: Account) -> int:
     return sum(n for topic, n in joined.published.items() if not topic.startswith("agent."))
-
-
-def _live(
-    origin: tuple[str, str],
-    name: str,
-    directory: str,
-    config: MessageBusConfig,
-    params: dict[str, str],
-) -> int:
-    """Run one agent in the process that was started for it."""
-    rundir = RunDir(directory)
-    output = os.open(rundir.output(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for descriptor in (1, 2):
-        os.dup2(output, descriptor)
-
-    def start() -> int:
-        home, qualified = origin
-        kind: type[Agent]
-        if home == "script":
-            kind = load_agent(qualified)
-        else:
-            kind = getattr(importlib.import_module(home), qualified)
-        return run_launch(
-            Launch(
-                kind=kind,
-                name=name,
-                script=qualified,
-                rundir=rundir,
-                config=config,
-                params=params,
-                parent_bound=True,
-                gated=True,
-            )
-        )
-
-    return guarded(start)

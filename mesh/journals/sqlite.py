@@ -9,21 +9,20 @@ others see at their next look, for which `wake` (or a second) calls them.
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mesh.clock import SYSTEM_CLOCK
-from mesh.errors import BackpressureError, BrokerUnavailableError, ConfigurationError
+from mesh.errors import BrokerUnavailableError, ConfigurationError
 from mesh.journal import ALL_DEAD, LEASE_S, DeadQuery, Delivery, Feature
 from mesh.journals import membership, views
 from mesh.journals.consumers import Consumer
 from mesh.journals.database import Database
 from mesh.journals.local import LocalJournal
+from mesh.journals.performing import Writing, reading
 from mesh.journals.retention import Sweep, forget_group
+from mesh.journals.room import Room
 from mesh.journals.threads import DatabaseThread, Job
-from mesh.journals.transaction import Inserted, Names, Transaction
 from mesh.retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from mesh.deadletters import DeadLetter
     from mesh.journal import DeadCount, GroupView, Record, Size, Step, Stored
     from mesh.journals.database import Synchronous
+    from mesh.journals.transaction import Inserted, Transaction
 
 #: What may wait for the writer; then `append` and `commit` wait, and at last refuse.
 MAX_QUEUED_BYTES = 32 * 1024 * 1024
@@ -87,12 +87,9 @@ class SQLiteJournal(LocalJournal):
         self._lease_ms = int(lease_s * 1000)
         self._timeout_s = timeout_s
         self._full_s = full_s
-        self._max_queued_bytes = max_queued_bytes
         self._clock = clock
-        self._names = Names()
         self._consumers: dict[tuple[str, str], Consumer] = {}
-        self._queued_bytes = 0
-        self._queue_for_room: deque[asyncio.Event] = deque()
+        self._room = Room(f"the journal {path}", max_queued_bytes, timeout_s)
         self._writer: DatabaseThread
         self._reader: DatabaseThread
 
@@ -102,9 +99,9 @@ class SQLiteJournal(LocalJournal):
             self._require_open()
         if self._connected:
             return
-        writer = self._thread("journal-writer", self._write)
+        writer = self._thread("journal-writer", Writing(self._clock))
         await writer.start()
-        reader = self._thread("journal-reader", self._read)
+        reader = self._thread("journal-reader", reading)
         try:
             await reader.start()
         except BaseException:
@@ -147,7 +144,7 @@ class SQLiteJournal(LocalJournal):
         if not records:
             return 0
         weight = sum(len(record.frame) for record in records) + _RECORD_BYTES * len(records)
-        await self._wait_for_room(weight)
+        await self._room.wait(weight)
         inserted: Inserted = await self._until_it_fits(lambda tx: tx.insert(records), weight)
         return inserted.new
 
@@ -157,7 +154,7 @@ class SQLiteJournal(LocalJournal):
         me = self._consumers.get((group, consumer))
         weight = sum(len(record.frame) + _RECORD_BYTES for step in steps for record in step.records)
         if weight:
-            await self._wait_for_room(weight)
+            await self._room.wait(weight)
         refused: list[Step] = await self._do(lambda tx: tx.commit(group, me, steps), weight)
         return refused
 
@@ -341,7 +338,7 @@ class SQLiteJournal(LocalJournal):
     def _submit(
         self, work: Callable[[Transaction], Any], weight_bytes: int = 0
     ) -> asyncio.Future[Any]:
-        self._queued_bytes += weight_bytes
+        self._room.take(weight_bytes)
         return self._put(self._writer, work, weight_bytes)
 
     def _put(
@@ -369,112 +366,27 @@ class SQLiteJournal(LocalJournal):
                 if loop.time() + pause_s > ends_s:
                     words = f"{error} (tried for {self._full_s:g} s)"
                     raise type(error)(words) from error.__cause__
-            self._queued_bytes += weight_bytes
+            self._room.take(weight_bytes)
             try:
                 await asyncio.sleep(pause_s)
             finally:
-                self._queued_bytes -= weight_bytes
-                self._let_next_in()
-
-    async def _wait_for_room(self, weight_bytes: int) -> None:
-        """Wait in line until the writer's queue has room; whatever its size, one job may wait."""
-        if not self._queue_for_room and self._has_room(weight_bytes):
-            return
-        turn = asyncio.Event()
-        self._queue_for_room.append(turn)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                while self._queue_for_room[0] is not turn or not self._has_room(weight_bytes):
-                    turn.clear()
-                    await turn.wait()
-        except TimeoutError:
-            raise BackpressureError(
-                f"the journal {self._path} took nothing for {self._timeout_s:g} s:"
-                f" {self._queued_bytes} bytes wait to be written; is the disk slow or full?"
-            ) from None
-        finally:
-            self._queue_for_room.remove(turn)
-            self._let_next_in()
-
-    def _has_room(self, weight_bytes: int) -> bool:
-        queued = self._queued_bytes
-        return not queued or queued + weight_bytes <= self._max_queued_bytes
-
-    def _let_next_in(self) -> None:
-        if self._queue_for_room:
-            self._queue_for_room[0].set()
+                self._room.give_back(weight_bytes)
+                self._room.call_next()
 
     def _deliver(self, jobs: list[Job], topics: tuple[set[str], set[str]] | None) -> None:
         for job in jobs:
-            self._queued_bytes -= job.weight_bytes
+            self._room.give_back(job.weight_bytes)
             if not job.future.done():
                 if job.error is not None:
                     job.future.set_exception(job.error)
                 else:
                     job.future.set_result(job.outcome)
-        self._let_next_in()
+        self._room.call_next()
         if topics is not None:
             told, local = topics
             if local:
                 self._bells.ring(local)
             self._tell(told)
-
-    def _write(self, database: Database, jobs: list[Job]) -> tuple[set[str], set[str]]:
-        """Do jobs in one transaction; when that fails, each in one of its own."""
-        try:
-            database.begin()
-        except Exception as error:  # noqa: BLE001 - carried to whoever awaits a job
-            # Others hold the file: to wait for them again for each job would take as many times
-            for job in jobs:
-                job.error = _translated(database, error)
-            return set(), set()
-        try:
-            tx = self._transact(database, jobs)
-        except Exception as error:  # noqa: BLE001 - carried to whoever awaits the job
-            topics: tuple[set[str], set[str]] = set(), set()
-            if len(jobs) == 1:
-                jobs[0].error = _translated(database, error)
-                return topics
-            for job in jobs:
-                for found, more in zip(topics, self._write(database, [job]), strict=True):
-                    found |= more
-            return topics
-        for settle in tx.after:
-            settle()
-        database.fold_log()
-        return tx.topics, tx.local_topics
-
-    def _transact(self, database: Database, jobs: list[Job]) -> Transaction:
-        try:
-            tx = Transaction(
-                database.connection, self._names, self._clock.time_s(), self._clock.mono_s()
-            )
-            for job in jobs:
-                job.outcome = job.work(tx)
-            tx.flush()
-            database.connection.execute("COMMIT")
-        except BaseException:
-            if database.connection.in_transaction:
-                database.connection.execute("ROLLBACK")
-            self._names.forget()
-            raise
-        return tx
-
-    def _read(self, database: Database, jobs: list[Job]) -> None:
-        for job in jobs:
-            try:
-                job.outcome = database.patiently(partial(job.work, database))
-            except Exception as error:  # noqa: BLE001 - carried to whoever awaits the job
-                job.error = _translated(database, error)
-
-
-def _translated(database: Database, error: Exception) -> Exception:
-    """Give SQLite's own errors as the mesh's; a caller's mistake stays what it is."""
-    if not isinstance(error, sqlite3.Error) or not hasattr(error, "sqlite_errorcode"):
-        return error
-    translated = database.translate(error)
-    translated.__cause__ = error
-    return translated
 
 
 def _take_back(me: Consumer, future: asyncio.Future[list[Delivery]]) -> None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.rundir import RunDir
 from tests.chaos.nemesis import Nemesis
 from tests.chaos.oracle import judge, read_evidence, read_journal, read_state
-from tests.chaos.pipeline import copy_pipeline, storm, storm_over_supervisord
+from tests.chaos.pipeline import copy_pipeline, speed_for, storm, storm_over_supervisord
 from tests.chaos.stage import Fabric, Stage
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ FABRICS = ("zmq", "redis", "cluster")
 _RATE = 400.0
 #: Nothing moved for so long after healing: it never will. Longer than a lease.
 _STILL_S = 45.0
+#: How long the pipeline's source speaks: time enough to be killed twenty times.
+_PIPELINE_S = 40.0
 
 
 @dataclass(slots=True)
@@ -163,6 +165,7 @@ async def _main(options: argparse.Namespace, folder: Path) -> int:
 async def _pipeline(options: argparse.Namespace, folder: Path) -> int:
     copy_pipeline(folder)
     csv, seed = options.pipeline.absolute(), options.seed
+    speed = speed_for(csv, _PIPELINE_S)
     fabric = Fabric(options.fabric)
     try:
         settings = await fabric.start()
@@ -172,10 +175,10 @@ async def _pipeline(options: argparse.Namespace, folder: Path) -> int:
 
         outcomes = {
             "signals durable, risk, execution and portfolio killed": await storm(
-                *run("a"), seed=seed, times=20
+                *run("a"), seed=seed, times=20, speed=speed
             ),
             "all durable, anybody killed": await storm(
-                *run("b"), seed=seed, times=20, everything=True
+                *run("b"), seed=seed, times=20, speed=speed, everything=True
             ),
             "all durable, supervisord killed as well": await storm_over_supervisord(
                 *run("c"), seed=seed, times=3

@@ -19,6 +19,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from agents.feed import Feed
 from mesh.card import read_cards
 from mesh.config import MessageBusConfig
 from mesh.factory import make_broker
@@ -53,14 +54,20 @@ class Outcome:
     calm: dict[str, Any]
     stormy: dict[str, Any]
     kills: list[str] = field(default_factory=list)
+    #: How many kills were asked for.
+    times: int = 0
 
     @property
     def problems(self) -> list[str]:
-        return [
+        problems = [
             f"{name}: {self.stormy.get(name)}, undisturbed {self.calm[name]}"
             for name in ("fills", "fills_digest")
             if self.stormy.get(name) != self.calm[name]
         ]
+        if len(self.kills) < self.times:
+            words = f"the run ended after {len(self.kills)} of {self.times} kills: it was no proof"
+            problems.append(words)
+        return problems
 
     def to_dict(self) -> dict[str, Any]:
         fills = {name: self.stormy.get(name) for name in ("fills", "fills_digest")}
@@ -114,7 +121,15 @@ async def storm(
             await asyncio.sleep(_LOOK_S)
         out, err = await said
     assert run.returncode in (0, 1), f"mesh run ended with {run.returncode}: {err.decode()}"
-    return Outcome(calm, json.loads(out), killer.kills)
+    return Outcome(calm, json.loads(out), killer.kills, times)
+
+
+def speed_for(csv: Path, seconds: float) -> str:
+    """Tell at what speed a file is said within some seconds."""
+    feed = Feed(csv)
+    feed.check()
+    times = [row.time for row in feed.rows()]
+    return f"{(times[-1] - times[0]).total_seconds() / seconds:g}"
 
 
 async def storm_over_supervisord(
@@ -168,7 +183,7 @@ async def storm_over_supervisord(
             await asyncio.to_thread(os.waitpid, pid, 0)
     finally:
         await journal.close()
-    return Outcome(calm, account, killer.kills)
+    return Outcome(calm, account, killer.kills, times)
 
 
 def copy_pipeline(project: Path) -> None:

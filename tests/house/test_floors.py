@@ -10,7 +10,7 @@ from tests.plumbing.sources import files_under, imports_of, modules_of_mesh, nam
 # `package.*` stands for a package and all in it, whose modules may know each other.
 FLOORS: list[tuple[str, list[set[str]]]] = [
     ("12 faces", [{"cli.*", "dashboard.*", "testing.*"}]),
-    ("11 process", [{"launch", "survey"}, {"runtime", "inprocess"}, {"loading"}]),
+    ("11 process", [{"launch", "survey"}, {"origins"}, {"runtime", "inprocess"}, {"loading"}]),
     ("10 agent", [{"agent"}, {"marks"}]),
     ("9 supervision", [{"supervision.*"}]),
     ("8 assembly", [{"factory"}]),
