@@ -8,7 +8,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mesh.config import BROKER_TYPES, MessageBusConfig
+from mesh.config import MessageBusConfig
+from mesh.config_values import BROKER_TYPES
 from mesh.env import agent_name, is_supervised
 from mesh.errors import ConfigurationError
 from mesh.events import set_delivery

@@ -118,7 +118,7 @@ class Tries:
         """
         policy = handler.retry or self._retry
         retries = policy.max_retries if handler.max_retries is None else handler.max_retries
-        attempt = 1
+        attempt, first = 1, error
         while True:
             failure = self._as_failure(slot, handler, error)
             if context is not None:
@@ -144,6 +144,7 @@ class Tries:
             try:
                 await handler.run(event)
             except BaseException as again:  # noqa: BLE001 - sorted out above
+                _tell_apart(again, first)
                 error = again
             else:
                 handler.calls += 1
@@ -196,6 +197,15 @@ class Tries:
         if isinstance(error, GeneratorExit) and not _is_running(task):
             raise error  # the slot is being closed; otherwise the handler has raised it
         return error
+
+
+def _tell_apart(error: BaseException, first: BaseException) -> None:
+    """Let a try's error not come with the traceback of the first, within whose handling it ran."""
+    link: BaseException | None = error
+    while link is not None and link.__context__ is not first:
+        link = link.__context__
+    if link is not None:
+        link.__context__ = None
 
 
 def _is_running(task: asyncio.Task[None]) -> bool:

@@ -78,7 +78,8 @@ class Url:
     address: Address
     username: str | None = None
     password: str | None = field(default=None, repr=False)
-    db: int = 0
+    #: None: it names none.
+    db: int | None = None
     tls: bool = False
 
 
@@ -114,7 +115,7 @@ def parse_url(url: str) -> Url:
         address,
         unquote(parts.username) if parts.username else None,
         unquote(parts.password) if parts.password else None,
-        int(text or 0),
+        int(text) if text else None,
         parts.scheme == "rediss",
     )
 

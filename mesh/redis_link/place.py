@@ -93,7 +93,7 @@ def place_of(
         said = parse_url(url)
         address, tls = said.address, tls or said.tls
         username, password = username or said.username, password or said.password
-        db = db or said.db
+        db = db or said.db or 0
     _check(address, mesh, cluster=cluster, sentinels=sentinels, tls=tls)
     access = Access(
         username=username,

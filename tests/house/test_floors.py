@@ -14,7 +14,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
     ("10 agent", [{"agent"}, {"marks"}]),
     ("9 supervision", [{"supervision.*"}]),
     ("8 assembly", [{"factory"}]),
-    ("7 settings", [{"config"}]),
+    ("7 settings", [{"config"}, {"config_values"}]),
     (
         "6 ends",
         [

@@ -188,6 +188,10 @@ SHOWN = "REDIS_URL=redis://ann:***@h"
             [f"{SHOWN}/5 and REDIS_DB=3: each says another database"],
         ),
         (
+            {"REDIS_URL": f"{URL}/0", "REDIS_DB": "3"},
+            [f"{SHOWN}/0 and REDIS_DB=3: each says another database"],
+        ),
+        (
             {"REDIS_URL": URL, "REDIS_PASSWORD": f"{SECRET}!", "REDIS_USERNAME": "bob"},
             [
                 f"{SHOWN} and REDIS_USERNAME=bob: each says another user",

@@ -254,6 +254,28 @@ async def test_whatever_a_handler_raises_the_next_event_is_handled(error: BaseEx
     assert type(error).__name__ in letter.error
 
 
+async def test_the_error_of_the_last_try_comes_without_those_before_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """But with what it came from itself."""
+    tries: list[int] = []
+
+    async def fail() -> None:
+        tries.append(len(tries) + 1)
+        try:
+            raise KeyError(f"cause {len(tries)}")
+        except KeyError:
+            raise ValueError(f"try {len(tries)}")  # noqa: B904 - as users do
+
+    await letter_of_the_first_of_two(fail, max_retries=2)
+
+    assert tries == [1, 2, 3]
+    text = caplog.text
+    assert "cause 3" in text
+    assert "try 3" in text
+    assert not any(f"{word} {number}" in text for word in ("cause", "try") for number in (1, 2))
+
+
 async def test_each_handler_of_an_event_has_its_own_limit() -> None:
     clock, registry, done = FakeClock(), EventHandlerRegistry(), []
 
