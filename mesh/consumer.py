@@ -2,47 +2,32 @@
 How an agent listens: `EventConsumer` receives events, keeps the loss ledger, and hands them to its
 slots.
 
-One event, one path: frame -> decode -> gap check -> inbox lane -> slot -> handler -> settled.
-Durable events come from the journal instead of a frame, and are settled by a committed step.
+Live events come as frames (`mesh.live_intake`), durable ones from the journal (`mesh.intake`); both
+wait in the inbox of a slot for its handlers, and are settled: live ones in the ledger, durable ones
+by a committed step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from mesh import codec
 from mesh.consumer_config import ConsumerConfig
 from mesh.context import HandlerContext
 from mesh.deadletters import DeadLetters
-from mesh.errors import (
-    ClosedError,
-    ConfigurationError,
-    DamagedJournalError,
-    FrameError,
-    MeshError,
-    is_outage,
-)
+from mesh.errors import ClosedError, ConfigurationError, DamagedJournalError, MeshError, is_outage
 from mesh.events import is_durable
-from mesh.gaps import Gaps
-from mesh.handlers import Handler, HandlerPriority
 from mesh.inbox import Arrival
 from mesh.intake import DurableIntake, Kept
 from mesh.journal import Step, cannot_keep
-from mesh.ledger import (
-    IN_DROPPED,
-    IN_PASSED,
-    IN_RECEIVED,
-    IN_SETTLED,
-    JOURNAL,
-    Ledger,
-)
-from mesh.logs import Sparing, say_once
+from mesh.ledger import JOURNAL, Ledger
+from mesh.live_intake import LiveIntake
+from mesh.logs import Sparing
 from mesh.replay_bell import ReplayBell
 from mesh.replicas import SLOTS, slot_of
 from mesh.retry import OUTAGE
-from mesh.sharing import leave_to_others
+from mesh.routes import Routes
 from mesh.slots import Slots
 from mesh.topics import check_topic
 
@@ -57,29 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["ConsumerConfig", "EventConsumer"]
 
 _log = logging.getLogger(__name__)
-
-_LANE_OF = {priority: lane for lane, priority in enumerate(HandlerPriority)}
-_UNNUMBERED = "(unnumbered)"
-_FRAMES, _REJECTED_FRAMES = Ledger.at("frames"), Ledger.at("rejected_frames")
-#: Links whose place in the ledger is remembered; anybody can make up names of publishers.
-_MAX_LINKS = 10_000
-
-
-class _Route(NamedTuple):
-    """Where the events of a topic go in this agent."""
-
-    handlers: tuple[Handler, ...]
-    lane: int
-    #: The class that all handlers want the payload in, when they agree.
-    schema: type[Any] | None
-
-
-def _route(handlers: tuple[Handler, ...]) -> _Route:
-    if not handlers:
-        return _Route(handlers, 0, None)
-    schemas = {handler.schema for handler in handlers}
-    schema = handlers[0].schema if len(schemas) == 1 else None
-    return _Route(handlers, _LANE_OF[handlers[0].priority], schema)
 
 
 def _all_if_none(slots: frozenset[int] | None) -> frozenset[int]:
@@ -103,10 +65,7 @@ class EventConsumer:
         self.ledger = config.ledger or Ledger.in_memory()
         self.group = config.group or config.agent_name
         self.dead_letters = config.dead_letters or DeadLetters(self.group, config.broker.bury)
-        self._cells = self.ledger.cells
-        self._gaps = Gaps(config.agent_name, self.ledger)
-        self._links: dict[tuple[str, str], int] = {}
-        self._routes: dict[str, _Route] = {}
+        self._routes = Routes(self.registry, config.agent_name)
         self._state: dict[str, bytes] = {}
         self._intake: DurableIntake | None = None
         #: Rings for an intake where nothing else needs one.
@@ -115,8 +74,8 @@ class EventConsumer:
         self._slots = Slots(
             config, self.ledger, self.dead_letters, self._state, self._settle, self._resume
         )
-        #: Of live events, only keys in these slots are handled here; None: all.
-        self._slots_of_mine: frozenset[int] | None = None
+        #: What the broker hands frames to.
+        self.live = LiveIntake(config, self.ledger, self._routes, self._slots, self.dead_letters)
         self._started = False
         self._stopped = False
 
@@ -175,7 +134,7 @@ class EventConsumer:
             state=self._state,
             restore=lambda: self.restore(),
             take=self._take,
-            schema_of=lambda topic: self._route_of(topic).schema,
+            schema_of=lambda topic: self._routes.of(topic).schema,
             bury=self._bury,
         )
         await intake.open(self._durable_topics(), self.config.start)
@@ -200,11 +159,11 @@ class EventConsumer:
             await self.prepare()
             self._slots.start()
             # Durable ones as well: should a publisher take one for live, it is heard, and said
-            await self.broker.attach(sorted(self._topics()), self)
+            await self.broker.attach(sorted(self._topics()), self.live)
         except BaseException:
             # Who tries again begins again
             self._started = False
-            await self.broker.detach(self)
+            await self.broker.detach(self.live)
             await self._slots.stop()
             raise
         if self._intake is not None:
@@ -231,7 +190,7 @@ class EventConsumer:
         if self._stopped:
             return
         self._stopped = True
-        await self.broker.detach(self)
+        await self.broker.detach(self.live)
         if self._bell is not None:
             await self._bell.take_down()
         if self._intake is not None:
@@ -267,11 +226,11 @@ class EventConsumer:
     def share(self, roster: Roster) -> None:
         """Handle from now on only those live events that a roster gives to this agent."""
         alone = roster.before == roster.after == (self.agent_name,)
-        before = self._slots_of_mine
-        self._slots_of_mine = None if alone else roster.slots_of(self.agent_name)
+        before = self.live.slots_of_mine
+        mine = self.live.slots_of_mine = None if alone else roster.slots_of(self.agent_name)
         self.ledger.set("shared", 1)
         # What left needs no word: some of it may still wait here, and be handled as before
-        came = _all_if_none(self._slots_of_mine) - _all_if_none(before)
+        came = _all_if_none(mine) - _all_if_none(before)
         if not came:
             return
         try:
@@ -292,10 +251,7 @@ class EventConsumer:
 
     def unsettled(self) -> int:
         """Count the events that wait or are being handled."""
-        cells = self._cells
-        places = set(self._links.values())
-        live = sum(cells[at + IN_RECEIVED] - cells[at + IN_SETTLED] for at in places)
-        return live + (self._intake.unsettled() if self._intake is not None else 0)
+        return self.live.unsettled() + (self._intake.unsettled() if self._intake is not None else 0)
 
     def in_flight(self) -> tuple[int, float, str | None]:
         """Tell how many handlers run, the age of the oldest in seconds, and its id."""
@@ -340,68 +296,11 @@ class EventConsumer:
         assert intake is not None, "a context comes from `loose_context`"
         await intake.commit(context.step())
 
-    # -- receiving -----------------------------------------------------------------------------
-
-    def has_room(self) -> bool:
-        """Say whether the inbox takes more; the broker stops reading when not."""
-        return self._slots.has_room()
-
-    def receive(self, topic: str, frame: bytes) -> None:
-        """Take a frame from the fabric. Whatever is in it, nothing is raised."""
-        self._cells[_FRAMES] += 1
-        route = self._route_of(topic)
-        handlers = route.handlers
-        try:
-            batch = codec.decode_frame(topic, frame, route.schema)
-        except FrameError as error:
-            self._cells[_REJECTED_FRAMES] += 1
-            if self._slots_of_mine is not None and slot_of(frame) not in self._slots_of_mine:
-                return
-            self._reject(topic, error.reason, str(error), frame)
-            return
-        at = self._links.get((batch.publisher, topic))
-        if at is None:
-            # Unnumbered are requests: they are live whatever their type
-            if batch.epoch and is_durable(topic):
-                self._say_disagreement(batch.publisher, topic)
-            at = self.ledger.link(batch.publisher or _UNNUMBERED, topic)
-            if len(self._links) < _MAX_LINKS:
-                self._links[batch.publisher, topic] = at
-        arrived = len(batch.events) + len(batch.rejected or ())
-        if batch.epoch:
-            arrived = self._gaps.check(at, batch, shared=self._slots_of_mine is not None)
-            if not arrived:
-                return
-        cells = self._cells
-        if self._slots_of_mine is not None:
-            passed = leave_to_others(batch, self._slots_of_mine)
-            cells[at + IN_PASSED] += passed
-            arrived -= passed
-        cells[at + IN_RECEIVED] += arrived
-        if batch.rejected:
-            for reason, words, raw in batch.rejected:
-                self._reject(topic, reason, words, raw)
-            cells[at + IN_SETTLED] += arrived - len(batch.events)
-        if not handlers:
-            self.registry.say_unheard(topic)
-            cells[at + IN_SETTLED] += len(batch.events)
-        elif batch.events:
-            arrival = Arrival(batch.events, handlers, route.lane, at)
-            arrival.schema, arrival.frame = batch.schema, frame
-            self._put(arrival)
-
-    def _say_disagreement(self, publisher: str, topic: str) -> None:
-        self.ledger.count("live_where_durable")
-        _log.warning(
-            "%s sends %s live, which is durable here: it is handled, and can be lost. Do both sides"
-            " import its declaration, and have the same LEGION_DURABLE_EVENTS?",
-            publisher or "somebody",
-            topic,
-        )
+    # -- durable events ------------------------------------------------------------------------
 
     def _take(self, kept: Kept) -> None:
         """Take durable events from the journal."""
-        route = self._route_of(kept.topic)
+        route = self._routes.of(kept.topic)
         link = self.ledger.link(JOURNAL, kept.topic)
         # A replay that nobody handles becomes a dead letter again, instead of being settled
         if route.handlers or kept.earlier is not None:
@@ -411,20 +310,8 @@ class EventConsumer:
                 )
             )
             return
-        self.registry.say_unheard(kept.topic)
+        self._routes.say_unheard(kept.topic)
         self._settle(Step(acks=kept.deliveries))
-
-    def _put(self, arrival: Arrival) -> None:
-        dropped = self._slots.put(arrival)
-        if dropped:
-            self._count_dropped(dropped)
-
-    def _route_of(self, topic: str) -> _Route:
-        route = self._routes.get(topic)
-        handlers = self.registry.handlers_of(topic, self.agent_name)
-        if route is None or route.handlers is not handlers:
-            route = self._routes[topic] = _route(handlers)
-        return route
 
     def _settle(self, step: Step) -> None:
         assert self._intake is not None
@@ -438,7 +325,7 @@ class EventConsumer:
         return letter
 
     def _resume(self) -> None:
-        self.broker.resume(self)
+        self.broker.resume(self.live)
 
     def _topics(self) -> set[str]:
         topics = {check_topic(name) for name in self.config.subscribed_events}
@@ -448,29 +335,3 @@ class EventConsumer:
         if self.config.live_only:
             return set()
         return {topic for topic in self._topics() if is_durable(topic)}
-
-    def _count_dropped(self, dropped: list[tuple[int, int]]) -> None:
-        cells = self._cells
-        for at, amount in dropped:
-            cells[at + IN_DROPPED] += amount
-            cells[at + IN_SETTLED] += amount
-        self.ledger.count("overflow", sum(amount for _, amount in dropped))
-        say_once(
-            _log,
-            f"overflow-{self.agent_name}",
-            "%s is slower than its input: overflow=%s drops events, counted (said once)",
-            self.agent_name,
-            self.config.overflow,
-        )
-
-    def _reject(self, topic: str, reason: str, words: str, raw: bytes) -> None:
-        self.ledger.count(reason)
-        self.dead_letters.put_frame(topic, reason, words, raw)
-        say_once(
-            _log,
-            f"reject-{self.agent_name}-{reason}",
-            "%s put aside a frame on %s: %s (said once per reason, all counted)",
-            self.agent_name,
-            topic,
-            words,
-        )

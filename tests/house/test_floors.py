@@ -20,9 +20,10 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
         [
             {"own_work", "requests", "dead_letter_queue"},
             {"publisher", "consumer", "workers"},
+            {"live_intake"},
             {"gaps", "intake", "outbox", "sharing", "slots"},
             {"tries"},
-            {"consumer_config", "replay", "replay_bell"},
+            {"consumer_config", "replay", "replay_bell", "routes"},
         ],
     ),
     ("5 middleware", [{"middleware.*", "inbox"}]),

@@ -82,7 +82,7 @@ async def test_claimed_losses_add_up_to_what_a_counter_holds() -> None:
     begin = 2**62
 
     for number in range(100):
-        consumer.receive("t.x", claim("liar", begin + number, codec.MAX_SEQUENCE - 2))
+        consumer.live.receive("t.x", claim("liar", begin + number, codec.MAX_SEQUENCE - 2))
     await consumer.drained()
 
     assert heard == [1] * 100
@@ -95,7 +95,7 @@ async def test_thousands_of_publishers_leave_room_for_the_agents_own_counts() ->
     consumer, heard = await consume(broker)
 
     for number in range(5000):
-        consumer.receive("t.x", claim(f"p{number}", 1, 1))
+        consumer.live.receive("t.x", claim(f"p{number}", 1, 1))
         await consumer.drained()
     consumer.ledger.count("a reason of its own")
 
@@ -112,7 +112,7 @@ async def test_every_frame_and_event_is_accounted_for() -> None:
     good = claim("p", 1, 1)
 
     for frame in (good, b"nonsense", b"{}", b"\x80", good[:-3]):
-        consumer.receive("t.x", frame)
+        consumer.live.receive("t.x", frame)
     await consumer.drained()
 
     view = view_of("ear", consumer.ledger)
@@ -538,7 +538,7 @@ async def test_what_younger_events_have_overtaken_is_not_heard_out_of_order() ->
     """They were counted as lost when the younger ones came, and are: the account stays exact."""
     consumer, heard = await consume(InMemoryMessageBroker())
     for first in (1, 4, 2, 3, 5):
-        consumer.receive("t.x", claim("mouth", 1, first))
+        consumer.live.receive("t.x", claim("mouth", 1, first))
     await consumer.drained()
 
     view = view_of("ear", consumer.ledger)
@@ -552,7 +552,7 @@ async def test_what_younger_events_have_overtaken_is_not_heard_out_of_order() ->
 async def test_a_lie_about_numbers_deafens_nobody() -> None:
     consumer, heard = await consume(InMemoryMessageBroker())
     for first in (1, 2**40, 2, 3):
-        consumer.receive("t.x", claim("mouth", 1, first))
+        consumer.live.receive("t.x", claim("mouth", 1, first))
     await consumer.drained()
 
     assert len(heard) == 4

@@ -224,7 +224,7 @@ async def test_bytes_that_are_no_event_are_put_aside_once(group: Group) -> None:
     group.share(*NAMES)
     for number in range(20):
         for consumer in group.consumers.values():
-            consumer.receive("t.x", b"junk %d" % number)
+            consumer.live.receive("t.x", b"junk %d" % number)
 
     counted = [consumer.dead_letters.total for consumer in group.consumers.values()]
     assert sum(counted) == 20
