@@ -2,9 +2,9 @@
 How an agent listens: `EventConsumer` receives events, keeps the loss ledger, and hands them to its
 slots.
 
-Live events come as frames (`mesh.live_intake`), durable ones from the journal (`mesh.intake`); both
-wait in the inbox of a slot for its handlers, and are settled: live ones in the ledger, durable ones
-by a committed step.
+Live events come as frames (`mesh.live_intake`), durable ones from the journal
+(`mesh.durable_intake`); both wait in the inbox of a slot for its handlers, and are settled: live
+ones in the ledger, durable ones by a committed step.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from mesh.consumer_config import ConsumerConfig
 from mesh.context import HandlerContext
 from mesh.deadletters import DeadLetters
+from mesh.durable_intake import DurableIntake
 from mesh.errors import ClosedError, ConfigurationError, DamagedJournalError, MeshError, is_outage
 from mesh.events import is_durable
 from mesh.inbox import Arrival
-from mesh.intake import DurableIntake, Kept
 from mesh.journal import Step, cannot_keep
 from mesh.ledger import JOURNAL, Ledger
 from mesh.live_intake import LiveIntake
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mesh.broker import MessageBroker
     from mesh.deadletters import DeadLetter
     from mesh.handlers import EventHandlerRegistry
+    from mesh.kept import Kept
     from mesh.replicas import Roster
 
 __all__ = ["ConsumerConfig", "EventConsumer"]

@@ -17,12 +17,12 @@ import logging
 from collections import Counter
 from itertools import groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from mesh import codec
 from mesh.context import merge_state
 from mesh.errors import BrokerUnavailableError, ClosedError, FrameError, MeshError
 from mesh.journal import LEASE_S, MAX_UNSETTLED, Delivery, Journal, Step
+from mesh.kept import Kept, decode_all, decode_one
 from mesh.ledger import IN_RECEIVED, IN_SETTLED, JOURNAL
 from mesh.logs import Sparing
 from mesh.replay import read_replay
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from mesh.broker import MessageBroker
     from mesh.clock import Clock
-    from mesh.deadletters import DeadLetter, Earlier
+    from mesh.deadletters import DeadLetter
     from mesh.events import Event
     from mesh.ledger import Ledger
 
@@ -48,16 +48,6 @@ _READ_WAIT_S = 5.0
 
 _topic_of = attrgetter("topic")
 _tenure_of = attrgetter("tenure")
-
-
-class Kept(NamedTuple):
-    """Durable events of one topic on their way to the slots."""
-
-    topic: str
-    events: list[Event]
-    deliveries: list[Delivery]
-    #: Set when a dead letter is replayed.
-    earlier: Earlier | None = None
 
 
 class DurableIntake:
@@ -323,7 +313,7 @@ class DurableIntake:
             for each in deliveries:
                 self._receive_replay(each)
             return
-        events = self._decode_all(topic, [each.frame for each in deliveries])
+        events = decode_all(topic, [each.frame for each in deliveries], self._schema_of(topic))
         if events is not None:
             self._take(Kept(topic, events, deliveries))
             return
@@ -332,31 +322,13 @@ class DurableIntake:
             if event is not None:
                 self._take(Kept(topic, [event], [each]))
 
-    def _decode_all(self, topic: str, frames: list[bytes]) -> list[Event] | None:
-        """Decode events that were encoded alone in one go; None when one of them is not sound."""
-        # JSON cannot be joined; msgpack maps can
-        if any(frame[:1] in (b"{", b"[", b"") for frame in frames):
-            return None
-        try:
-            batch = codec.decode_frame(topic, codec.join_frames(frames), self._schema_of(topic))
-        except FrameError:
-            return None
-        return batch.events if len(batch.events) == len(frames) else None
-
     def _decode(self, topic: str, delivery: Delivery) -> Event | None:
         """Decode one; what is no event is put aside and settled, or it would come for ever."""
         try:
-            batch = codec.decode_frame(topic, delivery.frame)
-            if batch.rejected:
-                raise FrameError(batch.rejected[0][0], batch.rejected[0][1])
-            if len(batch.events) != 1:
-                raise FrameError("undecodable", f"{len(batch.events)} events in one record")
+            return decode_one(topic, delivery.frame)
         except FrameError as error:
-            self._ledger.count(error.reason)
-            letter = self._bury(topic, error.reason, str(error), delivery.frame)
-            self.settle(Step(acks=[delivery], dead=[letter]))
+            self._put_aside(delivery, error)
             return None
-        return batch.events[0]
 
     def _receive_replay(self, delivery: Delivery) -> None:
         event = self._decode(delivery.topic, delivery)
@@ -365,10 +337,14 @@ class DurableIntake:
         try:
             inner, earlier = read_replay(event)
         except FrameError as error:
-            letter = self._bury(delivery.topic, error.reason, str(error), delivery.frame)
-            self.settle(Step(acks=[delivery], dead=[letter]))
+            self._put_aside(delivery, error)
             return
         self._take(Kept(str(inner.type), [inner], [delivery], earlier))
+
+    def _put_aside(self, delivery: Delivery, error: FrameError) -> None:
+        self._ledger.count(error.reason)
+        letter = self._bury(delivery.topic, error.reason, str(error), delivery.frame)
+        self.settle(Step(acks=[delivery], dead=[letter]))
 
     # -- settling ------------------------------------------------------------------------------
 
