@@ -6,11 +6,8 @@ import asyncio
 import contextlib
 import inspect
 import os
-import secrets
 import shutil
-import tempfile
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,15 +15,14 @@ import pytest
 
 from mesh.events import EventType, declarations, set_declarations, set_delivery
 from tests.plumbing import leaks, processes
-from tests.plumbing.processes import ROOT
+from tests.plumbing.projects import copy_example, foreign_variables, fresh_mesh_dir
 from tests.plumbing.redis_cluster import Cluster
 from tests.plumbing.redis_server import RedisServer, find_redis
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
-# What a developer's shell may hold and a test must not see
-_FOREIGN = ("MESH_", "LEGION_", "REDIS_")
 # A process on its way out is none that was left
 _GRACE_S = 2.0
 
@@ -41,11 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def own_mesh_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Point MESH_DIR to a short path of this test's own; nothing may still use it afterwards."""
-    for name in list(os.environ):
-        if name.startswith(_FOREIGN) and not name.startswith("LEGION_TEST_"):
-            monkeypatch.delenv(name)
-    # Sockets lie in it, and their paths end at 107 bytes
-    folder = Path(min(tempfile.gettempdir(), "/tmp", key=len), f"lg-{secrets.token_hex(4)}")
+    for name in foreign_variables():
+        monkeypatch.delenv(name)
+    folder = fresh_mesh_dir()
     monkeypatch.setenv("MESH_DIR", str(folder))
     yield folder
     if not folder.exists():
@@ -84,9 +78,7 @@ def rundir(own_mesh_dir: Path) -> Path:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Give a project of one's own: the pipeline's agents and their supervisord.conf."""
-    shutil.copytree(ROOT / "agents", tmp_path / "agents", ignore=shutil.ignore_patterns("__py*"))
-    shutil.copy(ROOT / "supervisord.conf", tmp_path)
-    return tmp_path
+    return copy_example(tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from mesh.brokers.redis import RedisMessageBroker
 from mesh.brokers.zeromq import ZeroMQMessageBroker
 from mesh.ledger_views import read_ledgers
 from tests.plumbing.processes import MESH, ROOT, Finished, eventually, run_mesh, running
+from tests.plumbing.projects import copy_example
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -282,10 +282,7 @@ async def test_the_command_line_says_and_shows_what_agents_hear_durably(
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Path:
     """The example's agents, whose quotes travel live."""
-    folder = tmp_path / "pipeline"
-    shutil.copytree(ROOT / "agents", folder / "agents", ignore=shutil.ignore_patterns("__py*"))
-    shutil.copy(ROOT / "supervisord.conf", folder)
-    return folder
+    return copy_example(tmp_path / "pipeline")
 
 
 @pytest.mark.fault

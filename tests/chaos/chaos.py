@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from mesh.rundir import RunDir
 from tests.chaos.nemesis import Nemesis
 from tests.chaos.oracle import judge, read_evidence, read_journal, read_state
-from tests.chaos.pipeline import copy_pipeline, speed_for, storm, storm_over_supervisord
+from tests.chaos.pipeline import speed_for, storm, storm_over_supervisord
 from tests.chaos.stage import Fabric, Stage
+from tests.plumbing.projects import copy_example
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -163,7 +164,7 @@ async def _main(options: argparse.Namespace, folder: Path) -> int:
 
 
 async def _pipeline(options: argparse.Namespace, folder: Path) -> int:
-    copy_pipeline(folder)
+    copy_example(folder)
     csv, seed = options.pipeline.absolute(), options.seed
     speed = speed_for(csv, _PIPELINE_S)
     fabric = Fabric(options.fabric)

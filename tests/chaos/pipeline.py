@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester
 from mesh.supervision import boot
 from mesh.supervision.supervisord import SupervisorClient, SupervisorError
-from tests.plumbing.processes import MESH, ROOT, environment, running
+from tests.plumbing.processes import MESH, environment, running
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -184,12 +183,6 @@ async def storm_over_supervisord(
     finally:
         await journal.close()
     return Outcome(calm, account, killer.kills, times)
-
-
-def copy_pipeline(project: Path) -> None:
-    """Make a project of the example's agents."""
-    shutil.copytree(ROOT / "agents", project / "agents", ignore=shutil.ignore_patterns("__py*"))
-    shutil.copy(ROOT / "supervisord.conf", project)
 
 
 async def calm_run(project: Path, csv: Path) -> dict[str, Any]:

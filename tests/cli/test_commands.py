@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from mesh.cli.main import COMMANDS, cli
 from mesh.cli.say import clean, micros, table
 from mesh.cli.templates import agent_script, sample_of
 from tests.plumbing.processes import MESH, ROOT, run_mesh, run_python
+from tests.plumbing.projects import copy_example
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(ROOT / "agents", tmp_path / "agents", ignore=shutil.ignore_patterns("__py*"))
-    shutil.copy(ROOT / "supervisord.conf", tmp_path)
+    copy_example(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

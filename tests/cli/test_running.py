@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from tests.plumbing.processes import (
     running,
     wait_until,
 )
+from tests.plumbing.projects import copy_example, foreign_variables, fresh_mesh_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,14 +28,26 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-@pytest.fixture
-def mesh(project: Path) -> Iterator[Path]:
-    """Give a project whose mesh runs, saying 40 times more quotes than real time."""
-    started = run_mesh("up", "-d", "--param", "speed=40", cwd=project)
+@pytest.fixture(scope="module")
+def running_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Run a mesh for those who only look, saying 40 times more quotes than real time."""
+    project = copy_example(tmp_path_factory.mktemp("project"))
+    folder = fresh_mesh_dir()
+    (project / "mesh-dir").symlink_to(folder)
+    env = {**environment(**dict.fromkeys(foreign_variables())), "MESH_DIR": str(folder)}
+    started = run_mesh("up", "-d", "--param", "speed=40", cwd=project, env=env)
     assert started.code == 0, started
     yield project
-    stopped = run_mesh("down", cwd=project)
+    stopped = run_mesh("down", cwd=project, env=env)
     assert stopped.code == 0, stopped
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def mesh(running_mesh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a project whose mesh runs."""
+    monkeypatch.setenv("MESH_DIR", str((running_mesh / "mesh-dir").resolve()))
+    return running_mesh
 
 
 def test_status_is_well(mesh: Path) -> None:

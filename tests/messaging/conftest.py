@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh import MessageBusFactory
-from mesh.rundir import RunDir
-from tests.plumbing.processes import wait_until
+from tests.plumbing.processes import end_forwarder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -28,6 +27,4 @@ async def bus(
     broker, registry = await MessageBusFactory.create_message_bus(request.param, **settings)
     yield broker, registry
     await broker.close()
-    # An ad-hoc forwarder leaves by itself, two seconds after its last peer
-    rundir = RunDir(own_mesh_dir)
-    wait_until(lambda: rundir.holder(rundir.lock("forwarder")) is None)
+    end_forwarder(own_mesh_dir)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -18,7 +17,6 @@ from mesh.rundir import RunDir
 from mesh.supervision import boot, leftovers
 from mesh.supervision.supervisord import SupervisorClient, SupervisorUnavailableError
 from tests.plumbing.processes import (
-    ROOT,
     environment,
     eventually,
     is_alive,
@@ -26,6 +24,7 @@ from tests.plumbing.processes import (
     run_program,
     running,
 )
+from tests.plumbing.projects import copy_example
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -67,11 +66,7 @@ stdout_logfile=%(here)s/.mesh/log/hanging.out
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    path = tmp_path / "a project"
-    path.mkdir()
-    shutil.copytree(ROOT / "agents", path / "agents", ignore=shutil.ignore_patterns("__py*"))
-    shutil.copy(ROOT / "supervisord.conf", path)
-    return path
+    return copy_example(tmp_path / "a project")
 
 
 @pytest.fixture

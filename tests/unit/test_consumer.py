@@ -375,7 +375,9 @@ async def test_a_handler_that_cancels_its_own_task_is_told_and_seen_by_the_watch
         await asyncio.sleep(0)
 
     consumer = EventConsumer(
-        ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry)
+        ConsumerConfig(
+            agent_name="ear", broker=broker, handler_registry=registry, drain_timeout_s=0.05
+        )
     )
     await registry.register("t.x", rash, "ear", "rash")
     await consumer.start()
