@@ -16,6 +16,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from rich.live import Live
     from rich.table import Table
 
 Colour = Literal["green", "yellow", "red", "dim", ""]
@@ -90,6 +91,18 @@ def rich_table(
         style = colours[number] if number < len(colours) else ""
         made.add_row(*(Text(_cell(value)) for value in row), style=style or None)
     return made
+
+
+def begin_live(*, auto_refresh: bool = True) -> Live | None:
+    """Begin a display on stderr that is drawn anew and leaves no trace; None: nobody looks."""
+    if not is_terminal(sys.stderr):
+        return None
+    from rich.console import Console
+    from rich.live import Live
+
+    live = Live(console=Console(stderr=True), transient=True, auto_refresh=auto_refresh)
+    live.start()
+    return live
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, Self
 
 from mesh.card import read_cards
@@ -43,12 +42,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         """Begin."""
-        if not self._quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            self._live = Live(console=Console(stderr=True), transient=True)
-            self._live.start()
+        self._live = None if self._quiet else say.begin_live()
         return self
 
     def __exit__(

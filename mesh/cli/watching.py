@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from typing import TYPE_CHECKING, Any, Self
 
@@ -50,12 +49,7 @@ class Watch:
 
     def __enter__(self) -> Self:
         """Begin to show progress, where somebody looks."""
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            self._live = Live(console=Console(stderr=True), transient=True, auto_refresh=False)
-            self._live.start()
+        self._live = say.begin_live(auto_refresh=False)
         return self
 
     def __exit__(
