@@ -23,20 +23,14 @@ from mesh import (
     on,
     source,
 )
-from mesh.brokers.memory import InMemoryMessageBroker
-from mesh.brokers.redis import RedisMessageBroker
-from mesh.brokers.zeromq import ZeroMQMessageBroker
 from mesh.errors import ClosedError, ConfigurationError
 from mesh.events import set_delivery
 from mesh.journal import Record
 from tests.plumbing import agents
 from tests.plumbing.agents import speaking
-from tests.plumbing.processes import end_forwarder, eventually
+from tests.plumbing.processes import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
     from mesh.broker import MessageBroker
     from mesh.journal import Delivery, Journal
 
@@ -50,23 +44,6 @@ class Typed(msgspec.Struct):
 
 
 TYPED = event_type("shop.typed", durable=True, schema=Typed)
-
-
-@pytest.fixture(params=["memory", "zmq", pytest.param("redis", marks=pytest.mark.redis)])
-async def broker(
-    request: pytest.FixtureRequest, own_mesh_dir: Path
-) -> AsyncIterator[MessageBroker]:
-    if request.param == "memory":
-        async with InMemoryMessageBroker() as made:
-            yield made
-        return
-    if request.param == "redis":
-        async with RedisMessageBroker(url=request.getfixturevalue("redis_url")) as remote:
-            yield remote
-        return
-    async with ZeroMQMessageBroker(own_mesh_dir) as connected:
-        yield connected
-    end_forwarder(own_mesh_dir)
 
 
 # As many tries as an agent has by default; elsewhere a failure is wanted at once

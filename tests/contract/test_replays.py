@@ -20,17 +20,11 @@ from mesh import (
     event_type,
     on,
 )
-from mesh.brokers.memory import InMemoryMessageBroker
-from mesh.brokers.redis import RedisMessageBroker
-from mesh.brokers.zeromq import ZeroMQMessageBroker
 from mesh.journal import ALL_DEAD, Record
 from tests.plumbing.agents import running, speaking
-from tests.plumbing.processes import end_forwarder, eventually
+from tests.plumbing.processes import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
     from mesh.broker import MessageBroker
     from mesh.deadletters import DeadLetter
     from mesh.journal import Journal
@@ -45,35 +39,6 @@ class Priced(msgspec.Struct):
 
 
 PRICED = event_type("stall.priced", durable=True, schema=Priced)
-
-
-@pytest.fixture(
-    params=[
-        "memory",
-        "zmq",
-        pytest.param("redis", marks=pytest.mark.redis),
-        pytest.param("redis cluster", marks=[pytest.mark.redis, pytest.mark.redis_cluster]),
-    ]
-)
-async def broker(
-    request: pytest.FixtureRequest, own_mesh_dir: Path
-) -> AsyncIterator[MessageBroker]:
-    if request.param == "memory":
-        async with InMemoryMessageBroker() as made:
-            yield made
-        return
-    if request.param == "redis":
-        async with RedisMessageBroker(url=request.getfixturevalue("redis_url")) as remote:
-            yield remote
-        return
-    if request.param == "redis cluster":
-        port = request.getfixturevalue("redis_cluster").ports[0]
-        async with RedisMessageBroker(port=port, cluster=True) as spread:
-            yield spread
-        return
-    async with ZeroMQMessageBroker(own_mesh_dir) as connected:
-        yield connected
-    end_forwarder(own_mesh_dir)
 
 
 class Shop(Agent):
