@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import typing
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,12 @@ def bind(func: Callable[..., Awaitable[Any]], shape: Shape) -> Run:
 
 
 def _schema(func: Callable[..., Any], annotated: Any) -> type[Any]:
+    if isinstance(annotated, str):
+        raise _wrong(
+            func,
+            f"asks for {annotated!r}, which its module does not know: define or import it at the"
+            " module's top level, not in a function or under TYPE_CHECKING",
+        )
     origin = typing.get_origin(annotated) or annotated
     if not isinstance(origin, type):
         raise _wrong(func, f"asks for {annotated!r}, which is not a class")
@@ -126,12 +133,33 @@ def _takes_position(parameter: inspect.Parameter) -> bool:
 
 
 def _hints(func: Callable[..., Any]) -> dict[str, Any]:
-    raw = getattr(inspect.unwrap(func), "__annotations__", {})
-    try:
-        return typing.get_type_hints(func)
-    except (NameError, TypeError):
-        # Written for type checkers only (TYPE_CHECKING): `Event` is the one name known anyway
-        return {name: Event if hint == "Event" else hint for name, hint in raw.items()}
+    """Give what a handler's annotations name, each for itself; text where nothing has the name."""
+    target = inspect.unwrap(func)
+    # `Event` is known also where it is imported for type checkers only
+    known = {"Event": Event, **getattr(target, "__globals__", {})}
+    hints: dict[str, Any] = {}
+
+    def probe() -> None: ...
+
+    for name, hint in _annotations(target).items():
+        probe.__annotations__ = {name: hint}
+        try:
+            hints.update(typing.get_type_hints(probe, known))
+        except Exception:  # noqa: BLE001 - an annotation can be any expression
+            hints[name] = Event if hint == "mesh.Event" else hint
+    return hints
+
+
+def _annotations(target: Any) -> dict[str, Any]:
+    if sys.version_info >= (3, 14):
+        import annotationlib
+
+        # As text: what is imported for type checkers only cannot be evaluated
+        try:
+            return annotationlib.get_annotations(target, format=annotationlib.Format.STRING)
+        except TypeError:
+            return {}
+    return getattr(target, "__annotations__", {})
 
 
 def _wrong(func: Callable[..., Any], why: str) -> HandlerSignatureError:

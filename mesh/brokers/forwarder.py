@@ -144,7 +144,6 @@ class Forwarder:
 
     def _forward_frames(self) -> None:
         receive, send, topics = self._in.recv, self._out.send, self._topics
-        forwarded = 0
         for _ in range(_BUDGET):
             try:
                 message = receive(zmq.NOBLOCK)
@@ -161,9 +160,9 @@ class Forwarder:
                 if topic not in self._heard:
                     self._say_unheard(topic)
                     continue
+            # First counted: what somebody has got is in the account
+            self._ledger.count("frames")
             send(message)
-            forwarded += 1
-        self._ledger.count("frames", forwarded)
 
     def _learn(self, topic: bytes, cut: int) -> bool:
         """Check a topic seen for the first time."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from mesh import (
@@ -24,6 +25,9 @@ from mesh.errors import ClosedError
 from mesh.middleware.deduplicate import once_per_id
 from mesh.testing import AgentHarness, FakeClock
 from tests.plumbing.processes import eventually
+
+if TYPE_CHECKING:
+    import mesh  # noqa: TC004 - that is what a test is about
 
 event_type("manners.kept", durable=True)
 
@@ -98,6 +102,36 @@ async def test_an_error_without_a_text_ends_nothing_but_its_event(topic: str) ->
         await harness.say(topic, {"n": 0})
         await harness.say(topic, {"n": 1})
         await eventually(lambda: harness.agent.heard == [1])
+
+
+class Fruit(msgspec.Struct):
+    kind: str
+
+
+async def test_one_name_that_only_type_checkers_know_hides_no_other() -> None:
+    """As linters want it: an import that only annotations use stands under TYPE_CHECKING."""
+    heard: list[object] = []
+
+    class Ear(Agent):
+        @on("a.b")
+        async def hear(self, fruit: Fruit, event: mesh.Event) -> NobodyKnows:  # type: ignore[name-defined]  # noqa: F821
+            heard.append((fruit, event.data))
+
+    async with AgentHarness(Ear) as harness:
+        await harness.say("a.b", {"kind": "fig"})
+
+    assert heard == [(Fruit("fig"), {"kind": "fig"})]
+
+
+def test_a_class_that_its_module_does_not_know_is_refused_in_words() -> None:
+    class Local(msgspec.Struct):
+        kind: str
+
+    with pytest.raises(HandlerSignatureError, match="'Local', which its module does not know: def"):
+
+        class Ear(Agent):
+            @on("a.b")
+            async def hear(self, local: Local) -> None: ...
 
 
 def test_a_type_that_one_method_hears_twice_is_refused() -> None:
