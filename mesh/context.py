@@ -42,19 +42,24 @@ class DurableState(MutableMapping[str, Any]):
         known: What is committed, encoded; shared by all handlers of the agent.
         changes: What this step changes.
         write_through: Called instead of collecting changes, outside of steps.
+        is_open: Whether it takes changes.
     """
+
+    __slots__ = ("_changes", "_is_open", "_known", "_write_through")
 
     def __init__(
         self,
         known: dict[str, bytes],
         changes: dict[str, bytes | None],
         write_through: Callable[[str, bytes | None], None] | None = None,
+        *,
+        is_open: bool = True,
     ) -> None:
         """Look at both."""
         self._known = known
         self._changes = changes
         self._write_through = write_through
-        self._is_open = True
+        self._is_open = is_open
 
     def close(self) -> None:
         """Take no more changes: the step is over."""
@@ -154,6 +159,8 @@ class HandlerContext:
         "_changed_before",
         "_published",
         "_recorded_before",
+        "_state",
+        "_write_through",
         "agent_name",
         "attempt",
         "changes",
@@ -164,7 +171,6 @@ class HandlerContext:
         "is_open",
         "known",
         "records",
-        "state",
     )
 
     def __init__(
@@ -190,12 +196,22 @@ class HandlerContext:
         self.records: list[Record] = []
         self.dead: list[DeadLetter] = []
         self.changes: dict[str, bytes | None] = {}
-        #: The agent's durable state by name.
-        self.state = DurableState(known, self.changes, write_through)
+        self._write_through = write_through
+        self._state: DurableState | None = None
         self._cause = cause if event is None else event.id
         self._published = 0
         self._recorded_before = 0
-        self._changed_before: dict[str, bytes | None] = {}
+        self._changed_before: dict[str, bytes | None] | None = None
+
+    @property
+    def state(self) -> DurableState:
+        """Give the agent's durable state by name."""
+        if self._state is None:
+            # Many handlers keep none
+            self._state = DurableState(
+                self.known, self.changes, self._write_through, is_open=self.is_open
+            )
+        return self._state
 
     @property
     def deliveries(self) -> int:
@@ -224,14 +240,14 @@ class HandlerContext:
         self.attempt = 1
         self._published = 0
         self._recorded_before = len(self.records)
-        self._changed_before = dict(self.changes)
+        self._changed_before = dict(self.changes) if self.changes else None
 
     def take_back(self) -> None:
         """Forget what the handler that runs has published and written."""
         self._published = 0
         del self.records[self._recorded_before :]
         self.changes.clear()
-        self.changes.update(self._changed_before)
+        self.changes.update(self._changed_before or {})
 
     def derive_id(self) -> str | None:
         """
@@ -249,7 +265,8 @@ class HandlerContext:
     def close(self) -> None:
         """Take nothing more: what is published or written from now on stands alone."""
         self.is_open = False
-        self.state.close()
+        if self._state is not None:
+            self._state.close()
 
     def step(self) -> Step:
         """Close, and give everything as one step."""

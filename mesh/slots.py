@@ -269,14 +269,27 @@ class Slots:
 
     async def _run_durable(self, slot: Slot, arrival: Arrival, deliveries: list[Delivery]) -> None:
         """Handle the durable events of an arrival; each becomes a step."""
-        inbox, events = slot.inbox, arrival.events
+        inbox, events, handlers = slot.inbox, arrival.events, arrival.handlers
+        only = None if arrival.earlier is None else arrival.earlier.handler
         try:
             for position in range(arrival.position, len(events)):
                 event, delivery = events[position], deliveries[position]
                 slot.event = event
                 context = HandlerContext(self._group, self._state, event, delivery)
                 current_context.set(context)
-                await self._run_in_step(slot, arrival, event, context)
+                if not self._is_parked_in_step(event, context, only, handlers):
+                    for handler in handlers:
+                        if handler.id in delivery.done or only not in (None, handler.id):
+                            continue
+                        slot.handler = handler
+                        mine = event if handler is handlers[-1] else own_copy(event)
+                        current_event.set(mine)
+                        context.begin(handler.id)
+                        try:
+                            await handler.run(mine)
+                            handler.calls += 1
+                        except BaseException as error:  # noqa: BLE001 - sorted out in `Tries`
+                            await self._tries.after(error, slot, handler, mine, arrival, context)
                 if arrival.earlier is not None:
                     context.dead[:] = [go_on(each, arrival.earlier) for each in context.dead]
                 self._settle(context.step())
@@ -291,29 +304,21 @@ class Slots:
         if arrival.left():
             inbox.put_back(arrival)
 
-    async def _run_in_step(
-        self, slot: Slot, arrival: Arrival, event: Event, context: HandlerContext
-    ) -> None:
-        only = None if arrival.earlier is None else arrival.earlier.handler
-        if (why := self._why_parked(event, context, only, arrival.handlers)) is not None:
-            reason, words = why
-            self._ledger.count(reason)
-            context.dead.append(self._dead_letters.letter(event, reason, words, handler=only))
-            return
-        delivery = context.delivery
-        assert delivery is not None
-        for handler in arrival.handlers:
-            if handler.id in delivery.done or only not in (None, handler.id):
-                continue
-            slot.handler = handler
-            mine = event if handler is arrival.handlers[-1] else own_copy(event)
-            current_event.set(mine)
-            context.begin(handler.id)
-            try:
-                await handler.run(mine)
-                handler.calls += 1
-            except BaseException as error:  # noqa: BLE001 - sorted out in `Tries`
-                await self._tries.after(error, slot, handler, mine, arrival, context)
+    def _is_parked_in_step(
+        self,
+        event: Event,
+        context: HandlerContext,
+        only: str | None,
+        handlers: tuple[Handler, ...],
+    ) -> bool:
+        """Put a durable event aside that must reach no handler."""
+        why = self._why_parked(event, context, only, handlers)
+        if why is None:
+            return False
+        reason, words = why
+        self._ledger.count(reason)
+        context.dead.append(self._dead_letters.letter(event, reason, words, handler=only))
+        return True
 
     def _why_parked(
         self,

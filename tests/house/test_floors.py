@@ -149,4 +149,5 @@ def _is_ours(target: str) -> bool:
 
 
 def _is_foreign(package: str) -> bool:
-    return package not in sys.stdlib_module_names and package != "mesh"
+    # The standard library of a younger Python is no package of others
+    return package not in sys.stdlib_module_names | {"annotationlib"} and package != "mesh"
