@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from mesh.errors import HandlerSignatureError
 from mesh.handlers import HandlerPriority, check_limits
 from mesh.middleware.filter import only
-from mesh.signatures import signature_of
+from mesh.signatures import parameters_of, signature_of
 from mesh.topics import check_topic
 from mesh.values import Value
 
@@ -186,7 +186,7 @@ def _check_plain(method: Callable[..., Awaitable[Any]]) -> None:
         raise HandlerSignatureError(f"{name} is not a coroutine function: write `async def`")
     needed = [
         each
-        for each in list(inspect.signature(method).parameters.values())[1:]
+        for each in parameters_of(method)[1:]
         if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
     ]
     if needed:

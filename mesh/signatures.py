@@ -12,6 +12,9 @@ from mesh.events import Event, payload_of
 from mesh.payloads import convert_payload
 from mesh.values import Value
 
+if sys.version_info >= (3, 14):
+    import annotationlib
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -43,7 +46,7 @@ def signature_of(func: Callable[..., Any], *, bound: bool = True) -> Shape:
     ):
         raise _wrong(func, "is not a coroutine function: write `async def`")
     try:
-        parameters = list(inspect.signature(func).parameters.values())
+        parameters = parameters_of(func)
     except (TypeError, ValueError):
         return Shape(None, wants_event=True)
     if not bound:
@@ -68,6 +71,15 @@ def signature_of(func: Callable[..., Any], *, bound: bool = True) -> Shape:
     if classes[0] is None:
         raise _wrong(func, f"does not say what {taken[0].name!r} is: annotate it with a class")
     return Shape(_schema(func, classes[0]), wants_event=True)
+
+
+def parameters_of(func: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Give what a function takes, whatever its annotations name."""
+    if sys.version_info >= (3, 14):
+        found = inspect.signature(func, annotation_format=annotationlib.Format.FORWARDREF)
+    else:
+        found = inspect.signature(func)
+    return list(found.parameters.values())
 
 
 def bind(func: Callable[..., Awaitable[Any]], shape: Shape) -> Run:
@@ -151,14 +163,16 @@ def _hints(func: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _annotations(target: Any) -> dict[str, Any]:
+    """Give annotations; those that cannot be evaluated as text."""
     if sys.version_info >= (3, 14):
-        import annotationlib
-
-        # As text: what is imported for type checkers only cannot be evaluated
         try:
-            return annotationlib.get_annotations(target, format=annotationlib.Format.STRING)
+            found = annotationlib.get_annotations(target, format=annotationlib.Format.FORWARDREF)
         except TypeError:
             return {}
+        return {
+            name: hint.__forward_arg__ if isinstance(hint, annotationlib.ForwardRef) else hint
+            for name, hint in found.items()
+        }
     return getattr(target, "__annotations__", {})
 
 
