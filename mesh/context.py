@@ -10,6 +10,7 @@ fails leaves nothing.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import MutableMapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from mesh.journal import Delivery, Record
 
 _MISSING = object()
+#: Between what a derived id begins with and its digest.
+_DERIVED = "~"
+_ROOT_LENGTH = 40
+_ODD = re.compile(r"[^A-Za-z0-9_.-]+")
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder().decode
 
@@ -260,7 +266,10 @@ class HandlerContext:
             return None
         self._published += 1
         cause = f"{self.idempotency_key}/{self._published}"
-        return hashlib.blake2b(cause.encode(), digest_size=12).hexdigest()
+        digest = hashlib.blake2b(cause.encode(), digest_size=12).hexdigest()
+        # Ids that begin alike lie side by side in an index: a digest alone would touch a page of it
+        # for each event
+        return f"{_root_of(self._cause)}{_DERIVED}{digest}"
 
     def close(self) -> None:
         """Take nothing more: what is published or written from now on stands alone."""
@@ -273,6 +282,12 @@ class HandlerContext:
         self.close()
         acks = [] if self.delivery is None else [self.delivery]
         return Step(acks, [], self.records, self.dead, self.changes)
+
+
+def _root_of(cause: str) -> str:
+    """Give the id, or what there is of it, that a chain of derived ids began with."""
+    root = cause.partition(_DERIVED)[0][:_ROOT_LENGTH]
+    return root if _PLAIN.fullmatch(root) else _ODD.sub("-", root)
 
 
 #: The step that is under way in this task; None outside the handlers of durable events.

@@ -131,7 +131,11 @@ class EventPublisher:
             event = self.make_event(
                 event_type, data, correlation_id, key=key, expires_in_s=expires_in_s
             )
-            await self.publish_event(event)
+            if out.durable and self._chain is None:
+                # Made just now, so there is nothing to check again
+                await self._outbox.keep(out, (event,))
+            else:
+                await self.publish_event(event)
             return event
         # The fast path: what `make_event` and `_enter` do, without calls
         payload = out.encode(data)
