@@ -1,4 +1,4 @@
-"""Ids of what a step publishes: the same when the step is done again, and side by side in an index."""
+"""Ids of what a step publishes: the same if it is done again, and side by side in an index."""
 
 from __future__ import annotations
 
