@@ -202,14 +202,14 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def masked(name: str, value: Any) -> Any:
     """Give a setting's value; of a secret, that there is one."""
     if name == "redis_url" and value is not None:
-        return _url_without_secret(str(value))
+        return _masked_url(str(value))
     return MASK if name in _SECRETS and value is not None else value
 
 
 def shown(name: str, value: Any) -> Any:
     """Give a value, which may be a mistake, for an error."""
     if name == "redis_url":
-        return _url_without_secret(str(value))
+        return _masked_url(str(value))
     if name in _SECRETS:
         return MASK
     if isinstance(value, str) and "@" in value:
@@ -218,10 +218,8 @@ def shown(name: str, value: Any) -> Any:
     return value
 
 
-def _url_without_secret(url: str) -> str:
-    head, at, place = url.rpartition("@")
-    if not at:
-        return url
-    scheme, mark, credentials = head.rpartition("://")
-    user = credentials.partition(":")[0]
-    return f"{scheme}{mark}{user}:{MASK}@{place}"
+def _masked_url(url: str) -> str:
+    # Not above: see `said_by`
+    from mesh.redis_link.access import masked_url
+
+    return masked_url(url)

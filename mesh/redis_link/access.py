@@ -90,12 +90,18 @@ def parse_url(url: str) -> Url:
     Raises:
         ConfigurationError: It is none of these; the message shows no password.
     """
+    shown = masked_url(url)
     try:
         parts = urlsplit(url)
         port = parts.port or PORT
-    except ValueError as error:
-        raise ConfigurationError(f"Redis URL {masked_url(url)!r}: {error}") from None
-    shown = masked_url(url)
+        if parts.scheme != "unix" and "@" in f"{parts.path}{parts.query}{parts.fragment}":
+            raise ValueError("what should have been a user or password ends early")
+    except ValueError:
+        # Not its own words: they show what it took for a port or address, which can be a password
+        raise ConfigurationError(
+            f"Redis URL {shown!r}: must be redis://USER:PASSWORD@HOST:PORT/DB, the port 1 to 65535;"
+            " write special characters of a password as %XX"
+        ) from None
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise ConfigurationError(f"Redis URL {shown!r}: must begin redis://, rediss:// or unix://")
     options = dict(parse_qsl(parts.query))
@@ -121,11 +127,13 @@ def parse_url(url: str) -> Url:
 
 
 def masked_url(url: str) -> str:
-    """Give a URL without its password."""
-    scheme, mark, rest = url.partition("://")
-    credentials, at, place = rest.rpartition("@")
+    """Give a URL, or what was meant to be one, without its password."""
+    before, at, place = url.rpartition("@")
     if not at:
         return url
+    scheme, mark, credentials = before.partition("://")
+    if not mark:
+        scheme, credentials = "", before
     user = credentials.partition(":")[0] if ":" in credentials else ""
     return f"{scheme}{mark}{user}:{_MASK}@{place}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesh import ConfigurationError, MessageBusConfig
+from mesh import ConfigurationError, MessageBusConfig, RedisMessageBroker
 
 SECRET = "hunter2"
 
@@ -140,6 +140,27 @@ def test_a_password_in_the_wrong_place_is_not_shown(variable: str) -> None:
 
     assert SECRET not in str(refused.value)
     assert "ann" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://ann:{SECRET}/x@h",
+        f"redis://ann:{SECRET}#x@h:1",
+        f"redis://ann:1?{SECRET}=x@h",
+        f"redis://ann:[{SECRET}]@h",
+        f"redis://ann:x://{SECRET}@h",
+        f"ann:{SECRET}@h",
+        f"{SECRET}@h",
+    ],
+)
+def test_a_password_that_breaks_its_url_is_not_shown(url: str) -> None:
+    with pytest.raises(ConfigurationError) as by_setting:
+        MessageBusConfig(redis_url=url)
+    with pytest.raises(ConfigurationError) as by_argument:
+        RedisMessageBroker(url=url)
+
+    assert SECRET not in f"{by_setting.value} {by_argument.value!r} {by_argument.value}"
 
 
 def test_settings_that_cannot_hold_together_are_named_like_the_others() -> None:

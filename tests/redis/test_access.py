@@ -153,7 +153,7 @@ def test_contradictions_are_all_named() -> None:
     ("url", "told"),
     [
         ("http://h", "must begin redis://"),
-        ("redis://h:x", "Port could not be cast"),
+        ("redis://h:x", "the port 1 to 65535"),
         ("redis://h/x", "the database must be a number"),
         ("redis://h?ssl=1", "no such option: ssl"),
         ("unix://", "names no socket"),
