@@ -311,7 +311,7 @@ class EventConsumer:
                 )
             )
             return
-        self._routes.say_unheard(kept.topic)
+        self.registry.say_unheard(kept.topic)
         self._settle(Step(acks=kept.deliveries))
 
     def _settle(self, step: Step) -> None:

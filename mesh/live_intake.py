@@ -56,6 +56,7 @@ class LiveIntake:
     ) -> None:
         """Know nobody who sends."""
         self._agent_name = config.agent_name
+        self._registry = config.handler_registry
         self._overflow = config.overflow
         self._ledger = ledger
         self._cells = ledger.cells
@@ -114,7 +115,7 @@ class LiveIntake:
                 self._reject(topic, reason, words, raw)
             cells[at + IN_SETTLED] += arrived - len(batch.events)
         if not handlers:
-            self._routes.say_unheard(topic)
+            self._registry.say_unheard(topic)
             cells[at + IN_SETTLED] += len(batch.events)
         elif batch.events:
             arrival = Arrival(batch.events, handlers, route.lane, at)

@@ -39,10 +39,6 @@ class Routes:
             route = self._routes[topic] = _route(handlers)
         return route
 
-    def say_unheard(self, topic: str) -> None:
-        """Say that something came which no handler wants."""
-        self._registry.say_unheard(topic)
-
 
 def _route(handlers: tuple[Handler, ...]) -> Route:
     if not handlers:

@@ -29,25 +29,27 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module")
-def running_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def running_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """Run a mesh for those who only look, saying 40 times more quotes than real time."""
     project = copy_example(tmp_path_factory.mktemp("project"))
     folder = fresh_mesh_dir()
-    (project / "mesh-dir").symlink_to(folder)
     env = {**environment(**dict.fromkeys(foreign_variables())), "MESH_DIR": str(folder)}
-    started = run_mesh("up", "-d", "--param", "speed=40", cwd=project, env=env)
-    assert started.code == 0, started
-    yield project
-    stopped = run_mesh("down", cwd=project, env=env)
+    try:
+        started = run_mesh("up", "-d", "--param", "speed=40", cwd=project, env=env)
+        assert started.code == 0, started
+        yield project, folder
+    finally:
+        stopped = run_mesh("down", cwd=project, env=env)
+        shutil.rmtree(folder, ignore_errors=True)
     assert stopped.code == 0, stopped
-    shutil.rmtree(folder)
 
 
 @pytest.fixture
-def mesh(running_mesh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def mesh(running_mesh: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give a project whose mesh runs."""
-    monkeypatch.setenv("MESH_DIR", str((running_mesh / "mesh-dir").resolve()))
-    return running_mesh
+    project, folder = running_mesh
+    monkeypatch.setenv("MESH_DIR", str(folder))
+    return project
 
 
 def test_status_is_well(mesh: Path) -> None:
