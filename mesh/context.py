@@ -33,7 +33,6 @@ _MISSING = object()
 _DERIVED = "~"
 _ROOT_LENGTH = 40
 _ODD = re.compile(r"[^A-Za-z0-9_.-]+")
-_PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder().decode
 
@@ -286,8 +285,7 @@ class HandlerContext:
 
 def _root_of(cause: str) -> str:
     """Give the id, or what there is of it, that a chain of derived ids began with."""
-    root = cause.partition(_DERIVED)[0][:_ROOT_LENGTH]
-    return root if _PLAIN.fullmatch(root) else _ODD.sub("-", root)
+    return _ODD.sub("-", cause.partition(_DERIVED)[0][:_ROOT_LENGTH])
 
 
 #: The step that is under way in this task; None outside the handlers of durable events.
