@@ -202,10 +202,12 @@ class Tries:
 def _tell_apart(error: BaseException, first: BaseException) -> None:
     """Let a try's error not come with the traceback of the first, within whose handling it ran."""
     link: BaseException | None = error
-    while link is not None and link.__context__ is not first:
+    seen: set[int] = set()  # somebody may have made a ring
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if link.__context__ is first:
+            link.__context__ = None
         link = link.__context__
-    if link is not None:
-        link.__context__ = None
 
 
 def _is_running(task: asyncio.Task[None]) -> bool:

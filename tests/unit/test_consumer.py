@@ -276,6 +276,20 @@ async def test_the_error_of_the_last_try_comes_without_those_before_it(
     assert not any(f"{word} {number}" in text for word in ("cause", "try") for number in (1, 2))
 
 
+async def test_errors_that_come_from_each_other_in_a_ring_are_put_aside_like_others() -> None:
+    async def fail() -> None:
+        try:
+            raise KeyError("one")
+        except KeyError as one:
+            other = ValueError("other")
+            one.__context__, other.__context__ = other, one
+            raise ValueError("last")  # noqa: B904 - as users do
+
+    letter = await letter_of_the_first_of_two(fail, max_retries=1)
+
+    assert "last" in letter.error
+
+
 async def test_each_handler_of_an_event_has_its_own_limit() -> None:
     clock, registry, done = FakeClock(), EventHandlerRegistry(), []
 
