@@ -99,8 +99,8 @@ def parse_url(url: str) -> Url:
     except ValueError:
         # Not its own words: they show what it took for a port or address, which can be a password
         raise ConfigurationError(
-            f"Redis URL {shown!r}: must be redis://USER:PASSWORD@HOST:PORT/DB, the port 1 to 65535;"
-            " write special characters of a password as %XX"
+            f"Redis URL {shown!r}: must be redis://<user>:<password>@<host>:<port>/<db>, the port"
+            " 1 to 65535; write special characters of a password as %XX"
         ) from None
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise ConfigurationError(f"Redis URL {shown!r}: must begin redis://, rediss:// or unix://")
