@@ -163,7 +163,7 @@ def run_launch(launch: Launch) -> int:
     lock = process.only_incarnation(launch.rundir, launch.name)
     close_log = set_up_logging(launch.name, launch.rundir.log(launch.name), launch.config.log_level)
     try:
-        return asyncio.run(_AgentProcess(launch, lock).main())
+        return asyncio.run(_AgentProcess(launch, lock, close_log).main())
     except* (ConfigurationError, AccessDeniedError) as group:
         first = _first_leaf(group)
         _log.error("%s: configuration: %s", launch.name, first)
@@ -185,9 +185,10 @@ def run_launch(launch: Launch) -> int:
 class _AgentProcess:
     """One agent, its beats and its end."""
 
-    def __init__(self, launch: Launch, lock: Lock) -> None:
+    def __init__(self, launch: Launch, lock: Lock, close_log: Callable[[], None]) -> None:
         self._launch = launch
         self._lock = lock
+        self._close_log = close_log
         self._stop = asyncio.Event()
         self._agent: Agent | None = None
         self._ledger = Ledger.open(launch.rundir.ledger(launch.name))
@@ -203,7 +204,7 @@ class _AgentProcess:
         """Run until told to stop; the agent's own end by an error is exit code 70."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
         launch = self._launch
         async with BeatSender(launch.rundir, launch.name) as beats:
             if not launch.gated:
@@ -217,11 +218,22 @@ class _AgentProcess:
             beats.send(self._beat_now(beats))
         return code
 
-    def _on_signal(self) -> None:
-        if self._stop.is_set():
-            # The second one means it: what is unfinished is not waited for
-            os._exit(EXIT_BUG)
-        self._stop.set()
+    def _on_signal(self, number: signal.Signals) -> None:
+        if not self._stop.is_set():
+            self._stop.set()
+            return
+        # The second one means it: what is unfinished is not waited for
+        _log.warning(
+            "%s was told to end a second time (%s) and ends at once: durable events in hand come"
+            " again, live ones count as lost",
+            self._launch.name,
+            number.name,
+        )
+        self._close_log()
+        # As if it had never been handled, so that nobody takes it for an error of the agent
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        os._exit(128 + number)  # the first process of a container does not die of a signal
 
     def _first_roster(self) -> Roster | None:
         """Share nothing until the monitor says what, where others may have it meanwhile."""
