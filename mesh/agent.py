@@ -228,11 +228,14 @@ class Agent:
 
         Raises:
             ConfigurationError: This agent keeps no state, and no durable event is being handled.
+            ClosedError: The try that began this task has failed, and was taken back.
         """
         context = current_context.get()
         # A task that outlives its handler has the context of a step that is over
-        if context is not None and context.is_open:
-            return context
+        if context is not None:
+            if context.is_open:
+                return context
+            context.require_not_failed()
         return self.consumer.loose_context()
 
     @property
@@ -277,6 +280,9 @@ class Agent:
         before = current_context.set(context)
         try:
             yield context
+        except BaseException:
+            context.fail()
+            raise
         finally:
             context.close()
             current_context.reset(before)
@@ -427,6 +433,7 @@ class Agent:
                 await self.teardown()
         except Exception:
             self.log.exception("teardown failed; the agent ends all the same")
+        await self.consumer.keep_rest()
         await self._requester.close()
         if self._workers is not None:
             await self._workers.close()

@@ -77,6 +77,8 @@ class EventConsumer:
         )
         #: What the broker hands frames to.
         self.live = LiveIntake(config, self.ledger, self._routes, self._slots, self.dead_letters)
+        #: How long the journal may take at the end.
+        self._journal_limit_s = max(1.0, config.drain_timeout_s / 4)
         self._started = False
         self._stopped = False
 
@@ -209,9 +211,14 @@ class EventConsumer:
             )
         await self._slots.stop()
         if self._intake is not None:
-            await self._intake.close(max(1.0, self.config.drain_timeout_s / 4))
+            await self._intake.close(self._journal_limit_s)
         if self.config.dead_letters is None:
             await self.dead_letters.close()
+
+    async def keep_rest(self) -> None:
+        """Keep the state that was written since `stop`."""
+        if self._intake is not None:
+            await self._intake.commit_rest(self._journal_limit_s)
 
     async def drained(self) -> None:
         """Return when no event waits, no handler runs, and all that is done is committed."""

@@ -173,6 +173,7 @@ class HandlerContext:
         "delivery",
         "event",
         "handler",
+        "has_failed",
         "is_open",
         "known",
         "records",
@@ -198,6 +199,8 @@ class HandlerContext:
         self.attempt = 1
         #: False once it is committed, or given up: what is published then stands alone.
         self.is_open = True
+        #: It was taken back: what is left of it must not publish at all.
+        self.has_failed = False
         self.records: list[Record] = []
         self.dead: list[DeadLetter] = []
         self.changes: dict[str, bytes | None] = {}
@@ -247,12 +250,22 @@ class HandlerContext:
         self._recorded_before = len(self.records)
         self._changed_before = dict(self.changes) if self.changes else None
 
-    def take_back(self) -> None:
-        """Forget what the handler that runs has published and written."""
-        self._published = 0
-        del self.records[self._recorded_before :]
-        self.changes.clear()
-        self.changes.update(self._changed_before or {})
+    def again(self) -> HandlerContext:
+        """
+        Forget what the handler that has failed published and wrote; give the context of what comes.
+
+        What the failed try has left running keeps the old one, and can do nothing more with it.
+        """
+        self.fail()
+        new = HandlerContext(
+            self.agent_name, self.known, self.event, self.delivery, cause=self._cause
+        )
+        new.records = self.records[: self._recorded_before]
+        new.dead = self.dead
+        new.changes.update(self._changed_before or {})
+        new.begin(self.handler)
+        new.attempt = self.attempt + 1
+        return new
 
     def derive_id(self) -> str | None:
         """
@@ -275,6 +288,24 @@ class HandlerContext:
         self.is_open = False
         if self._state is not None:
             self._state.close()
+
+    def fail(self) -> None:
+        """Take nothing more, and let nothing that is left of it stand alone either."""
+        self.has_failed = True
+        self.close()
+
+    def require_not_failed(self) -> None:
+        """
+        Refuse what is left running of a try that has failed, and was taken back.
+
+        Raises:
+            ClosedError: It has failed.
+        """
+        if self.has_failed:
+            raise ClosedError(
+                f"{self.handler or self._cause or 'a step'} of {self.agent_name} has failed, and"
+                " what it does is taken back: this is a task that it left running"
+            )
 
     def step(self) -> Step:
         """Close, and give everything as one step."""

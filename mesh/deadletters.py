@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mesh.errors import BrokerUnavailableError, ConfigurationError, words_of
+from mesh.errors import BrokerUnavailableError, ConfigurationError, sound_text, words_of
 from mesh.logs import say_once
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ _BATCH = 256
 _SAMPLE_S = 1.0
 #: How much is kept of bytes that are no event.
 MAX_FRAME_BYTES = 4096
+#: What msgspec raises for data that has no form in bytes.
+_NO_FORM = (TypeError, ValueError, OverflowError, RecursionError)
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,8 +119,19 @@ def _encoded(event: Event) -> bytes | None:
     """Give the CloudEvent, which holds what `to_dict` turns into text: bytes and moments."""
     try:
         return msgspec.msgpack.encode(event)
-    except (TypeError, ValueError, OverflowError, RecursionError):
+    except _NO_FORM:
         return None
+
+
+def _fields(event: Event) -> tuple[dict[str, object] | None, str]:
+    """Give an event under its Python names, or why it cannot be written down."""
+    try:
+        fields = event.to_dict()
+        msgspec.msgpack.encode(fields)
+    except _NO_FORM as error:
+        # A handler may have put anything into it
+        return None, f" (the event itself cannot be kept: {error})"
+    return fields, ""
 
 
 def traceback_hash(error: BaseException) -> str:
@@ -150,7 +163,7 @@ class DeadLetters:
         self._sampled_at: dict[str, float] = {}
         self.newest: deque[DeadLetter] = deque(maxlen=_KEPT)
         self.total = 0
-        #: Letters that could not be kept, for the journal was away and too many waited.
+        #: Letters that could not be kept: the journal was away too long, or has no form for them.
         self.unkept = 0
 
     def letter(
@@ -164,11 +177,13 @@ class DeadLetters:
     ) -> DeadLetter:
         """Make the letter of an event; it is not kept yet."""
         words = error if isinstance(error, str) else words_of(error)
+        # A letter that cannot be kept would hold up all that wait behind it
+        fields, why = _fields(event)
         now_s = time.time()
         return DeadLetter(
             id=f"{event.id}/{self._agent}/{handler or ''}",
             reason=reason,
-            error=words,
+            error=sound_text(words + why),
             traceback_hash="" if isinstance(error, str) else traceback_hash(error),
             agent=self._agent,
             topic=str(event.type),
@@ -176,7 +191,7 @@ class DeadLetters:
             first_at_s=now_s,
             handler=handler,
             attempts=attempts,
-            event=event.to_dict(),
+            event=fields,
             frame=_encoded(event),
         )
 
@@ -186,7 +201,7 @@ class DeadLetters:
         return DeadLetter(
             id=secrets.token_hex(12),
             reason=reason,
-            error=error,
+            error=sound_text(error),
             agent=self._agent,
             topic=topic,
             at_s=now_s,
@@ -248,9 +263,9 @@ class DeadLetters:
 
     async def _write(self) -> None:
         assert self._bury is not None
-        pause_s = 0.05
+        pause_s, size = 0.05, _BATCH
         while self._waiting:
-            batch = list(itertools.islice(self._waiting, _BATCH))
+            batch = list(itertools.islice(self._waiting, size))
             try:
                 await self._bury(batch)
             except BrokerUnavailableError as error:
@@ -276,6 +291,20 @@ class DeadLetters:
                 self.unkept += len(self._waiting)
                 self._waiting.clear()
                 return
+            except Exception as error:  # noqa: BLE001 - nobody has thought of it
+                # Whichever letter it is must not hold up the others
+                size = 1
+                if len(batch) == 1:
+                    self.unkept += 1
+                    say_once(
+                        _log,
+                        f"unkept-{self._agent}",
+                        "%s cannot keep a dead letter (said once): %s: %.500r",
+                        self._agent,
+                        words_of(error),
+                        self._waiting.popleft(),
+                    )
+                continue
             pause_s = 0.05
             for _ in batch:
                 self._waiting.popleft()

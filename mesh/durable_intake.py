@@ -238,6 +238,22 @@ class DurableIntake:
         except (MeshError, TimeoutError) as error:
             _log.warning("%s could not leave its group in order: %s", self.group, error)
 
+    async def commit_rest(self, limit_s: float) -> None:
+        """
+        Commit the state that was written after `close`.
+
+        Args:
+            limit_s: How long the journal may take.
+        """
+        steps = [step for step in self._steps if not step.acks]
+        if not steps:
+            return
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.journal.commit(self.group, self.consumer, steps)
+        except (MeshError, TimeoutError) as error:
+            _log.warning("%s: state written at its end could not be kept: %s", self.group, error)
+
     # -- reading -------------------------------------------------------------------------------
 
     async def _read(self) -> None:

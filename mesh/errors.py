@@ -33,6 +33,9 @@ EXIT_BUG = 70
 EXIT_LOCKED = 75
 EXIT_CONFIGURATION = 78
 
+#: Characters of an error's text that are kept: they go into logs, dead letters and states.
+_MAX_WORDS = 4000
+
 
 class MeshError(Exception):
     """Base of all errors of the mesh."""
@@ -141,7 +144,15 @@ def words_of(error: BaseException) -> str:
         text = str(error)
     except Exception as again:  # noqa: BLE001 - somebody else's code
         text = f"(its text cannot be had: {type(again).__name__})"
-    return f"{type(error).__name__}: {text}"
+    return sound_text(f"{type(error).__name__}: {text}")
+
+
+def sound_text(text: str) -> str:
+    """Give a text as it can be written anywhere: no half surrogate pair, no more than is read."""
+    if len(text) > _MAX_WORDS:
+        text = f"{text[:_MAX_WORDS]}... ({len(text) - _MAX_WORDS} characters more)"
+    # File names that are no UTF-8 come from the system with half pairs in them
+    return text.encode(errors="backslashreplace").decode()
 
 
 def is_outage(error: BaseException) -> bool:

@@ -285,9 +285,11 @@ class Outbox:
             for event, frame in zip(events, encode_all(events), strict=True)
         ]
         context = current_context.get()
-        if context is not None and context.is_open:
-            context.records += records
-            return
+        if context is not None:
+            if context.is_open:
+                context.records += records
+                return
+            context.require_not_failed()
         if self._journal is None:
             try:
                 self._journal = await self._broker.open_journal()

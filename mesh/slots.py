@@ -20,7 +20,7 @@ from mesh.events import key_of
 from mesh.handlers import Handler, own_copy
 from mesh.inbox import Arrival, make_inbox
 from mesh.ledger import IN_SETTLED, Ledger
-from mesh.tries import Slot, Tries
+from mesh.tries import Slot, Tries, too_late
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,12 +91,23 @@ class Slots:
     async def stop(self) -> None:
         """End at once; what waits or runs stays unsettled."""
         self._stopping = True
+        for slot in self._slots:
+            # Whoever swallows its cancellation is the last to be called
+            slot.inbox.urgent = -1
         tasks = [slot.task for slot in self._slots if slot.task is not None]
         if self._watch_task is not None:
             tasks.append(self._watch_task)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if not tasks:
+            return
+        _, running = await asyncio.wait(tasks, timeout=CANCEL_GRACE_S)
+        if running:
+            _log.error(
+                "%s: %s did not end when it was cancelled, and is left alone",
+                self._agent_name,
+                ", ".join(slot.handler.id for slot in self._slots if slot.handler),
+            )
 
     async def drained(self) -> None:
         """Return when no event waits and no handler runs."""
@@ -179,7 +190,7 @@ class Slots:
     async def _work(self, slot: Slot) -> None:
         inbox = slot.inbox
         since_turn = 0
-        while True:
+        while not self._stopping:
             arrival = inbox.take()
             if arrival is None:
                 self._tell_idle()
@@ -258,6 +269,8 @@ class Slots:
 
     async def _run_each(self, slot: Slot, arrival: Arrival, event: Event) -> None:
         for handler in arrival.handlers:
+            if event.expires_at is not None and self._is_parked(event, handler.id):
+                continue
             slot.handler = handler
             mine = event if handler is arrival.handlers[-1] else own_copy(event)
             current_event.set(mine)
@@ -281,6 +294,10 @@ class Slots:
                     for handler in handlers:
                         if handler.id in delivery.done or only not in (None, handler.id):
                             continue
+                        if event.expires_at is not None and self._is_parked_in_step(
+                            event, context, handler.id, handlers
+                        ):
+                            continue
                         slot.handler = handler
                         mine = event if handler is handlers[-1] else own_copy(event)
                         current_event.set(mine)
@@ -289,7 +306,10 @@ class Slots:
                             await handler.run(mine)
                             handler.calls += 1
                         except BaseException as error:  # noqa: BLE001 - sorted out in `Tries`
-                            await self._tries.after(error, slot, handler, mine, arrival, context)
+                            again = await self._tries.after(
+                                error, slot, handler, mine, arrival, context
+                            )
+                            context = again or context
                 if arrival.earlier is not None:
                     context.dead[:] = [go_on(each, arrival.earlier) for each in context.dead]
                 self._settle(context.step())
@@ -300,7 +320,9 @@ class Slots:
             slot.event = None
             current_event.set(None)
             current_context.set(None)
-        self._note_latency(event)
+        if arrival.earlier is None:
+            # A replay's age is that of its letter, and says nothing about the mesh
+            self._note_latency(event)
         if arrival.left():
             inbox.put_back(arrival)
 
@@ -340,8 +362,8 @@ class Slots:
         return self._why_too_late(event)
 
     def _why_too_late(self, event: Event) -> tuple[str, str] | None:
-        if event.expires_at is not None and event.expires_at <= self._config.clock.now():
-            return "expired", f"it expired at {event.expires_at}"
+        if (words := too_late(event, self._config.clock.now())) is not None:
+            return "expired", words
         if event.hops > self._config.max_hops:
             return "hops", (
                 f"{event.hops} handlers lie behind it, the limit is {self._config.max_hops}:"
@@ -349,13 +371,13 @@ class Slots:
             )
         return None
 
-    def _is_parked(self, event: Event) -> bool:
+    def _is_parked(self, event: Event, handler: str | None = None) -> bool:
         why = self._why_too_late(event)
         if why is None:
             return False
         reason, words = why
         self._ledger.count(reason)
-        self._dead_letters.put(self._dead_letters.letter(event, reason, words))
+        self._dead_letters.put(self._dead_letters.letter(event, reason, words, handler=handler))
         return True
 
     def _note_latency(self, event: Event) -> None:

@@ -7,12 +7,15 @@ import logging
 from typing import TYPE_CHECKING
 
 from mesh import codec
-from mesh.errors import BrokerUnavailableError, FrameError, PayloadError
+from mesh.context import current_context
+from mesh.errors import BrokerUnavailableError, FrameError, MeshError, PayloadError, words_of
 from mesh.ledger import Ledger
 from mesh.outcomes import Outcome, Reject, Retry, Skip
 from mesh.retry import RetryPolicy
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from mesh.consumer_config import ConsumerConfig
     from mesh.context import HandlerContext
     from mesh.deadletters import DeadLetters
@@ -23,6 +26,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FAILED = Ledger.at("failed")
+
+
+class ExpiredError(MeshError):
+    """An event expired before a handler could be tried again."""
+
+
+#: Such an error is no surprise, and no place in the handler.
+_NO_SURPRISES = (Outcome, BrokerUnavailableError, ExpiredError)
 
 
 class Slot:
@@ -104,7 +115,7 @@ class Tries:
         event: Event,
         arrival: Arrival,
         context: HandlerContext | None = None,
-    ) -> None:
+    ) -> HandlerContext | None:
         """
         Try a handler again, or put the event aside; cancellation from outside passes through.
 
@@ -115,6 +126,9 @@ class Tries:
             event: What it ran on.
             arrival: What the event came with.
             context: Of its step; None: it came live.
+
+        Returns:
+            What the step goes on with: what is left of a try that has failed cannot write into it.
         """
         policy = handler.retry or self._retry
         retries = policy.max_retries if handler.max_retries is None else handler.max_retries
@@ -122,11 +136,12 @@ class Tries:
         while True:
             failure = self._as_failure(slot, handler, error)
             if context is not None:
-                context.take_back()
+                context = context.again()
+                current_context.set(context)
             if isinstance(failure, Skip):
                 self._ledger.count("skipped")
                 handler.calls += 1
-                return
+                return context
             # The handler may have changed the payload before it failed
             event = _as_it_came(event, arrival, context)
             if attempt > retries or not _is_worth_a_try(failure, policy):
@@ -137,10 +152,11 @@ class Tries:
             pause_s = failure.after_s if isinstance(failure, Retry) else policy.delay_s(attempt)
             await self._config.clock.sleep(pause_s)
             slot.pausing = False
+            if (late := too_late(event, self._config.clock.now())) is not None:
+                failure = ExpiredError(f"{late}, after {attempt} tries: {words_of(failure)}")
+                break
             slot.retries += 1
             attempt += 1
-            if context is not None:
-                context.attempt = attempt
             try:
                 await handler.run(event)
             except BaseException as again:  # noqa: BLE001 - sorted out above
@@ -148,8 +164,9 @@ class Tries:
                 error = again
             else:
                 handler.calls += 1
-                return
+                return context
         self._give_up(handler, event, failure, attempt, context)
+        return context
 
     def _give_up(
         self,
@@ -162,7 +179,7 @@ class Tries:
         handler.failed(failure)
         self._cells[_FAILED] += 1
         reason = _reason(failure)
-        self._ledger.count(f"handler_{reason}")
+        self._ledger.count(reason if reason == "expired" else f"handler_{reason}")
         letter = self._dead_letters.letter(
             event, reason, failure, handler=handler.id, attempts=attempts
         )
@@ -178,21 +195,23 @@ class Tries:
             event.id,
             attempts,
             letter.error,
-            # An outage is no surprise, and no place in the handler
-            exc_info=None if isinstance(failure, (Outcome, BrokerUnavailableError)) else failure,
+            exc_info=None if isinstance(failure, _NO_SURPRISES) else failure,
         )
 
     def _as_failure(self, slot: Slot, handler: Handler, error: BaseException) -> BaseException:
         """Tell a handler's failure from the cancellation of the consumer."""
         timed_out = self.take_back(slot)
+        if slot.task is not None and slot.task.cancelling():
+            # The consumer ends; a handler that makes something else of that gets no further try
+            raise asyncio.CancelledError from error
         if not isinstance(error, (asyncio.CancelledError, GeneratorExit)):
             return error
         task = slot.task
-        if timed_out and task is not None and not task.cancelling():
+        if timed_out and task is not None:
             return TimeoutError(
                 f"{handler.id} ran longer than {self.limit_s(slot):g} s and was cancelled"
             )
-        if task is None or task.cancelling():
+        if task is None:
             raise error
         if isinstance(error, GeneratorExit) and not _is_running(task):
             raise error  # the slot is being closed; otherwise the handler has raised it
@@ -236,7 +255,16 @@ def _is_worth_a_try(failure: BaseException, policy: RetryPolicy) -> bool:
     )
 
 
+def too_late(event: Event, now: datetime) -> str | None:
+    """Say that an event has expired; None: it has not."""
+    if event.expires_at is None or event.expires_at > now:
+        return None
+    return f"it expired at {event.expires_at}"
+
+
 def _reason(failure: BaseException) -> str:
+    if isinstance(failure, ExpiredError):
+        return "expired"
     if isinstance(failure, TimeoutError):
         return "timeout"
     if isinstance(failure, Reject):

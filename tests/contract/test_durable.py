@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +33,8 @@ from tests.plumbing.agents import speaking
 from tests.plumbing.processes import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from mesh.broker import MessageBroker
     from mesh.journal import Delivery, Journal
 
@@ -48,6 +52,10 @@ TYPED = event_type("shop.typed", durable=True, schema=Typed)
 
 # As many tries as an agent has by default; elsewhere a failure is wanted at once
 running = partial(agents.running, consumer_max_retries=3)
+
+
+async def _is(look: Callable[[], Awaitable[object]], wanted: object) -> bool:
+    return await look() == wanted
 
 
 async def bills(journal: Journal) -> list[str]:
@@ -117,6 +125,133 @@ async def test_each_try_and_the_dead_letter_have_the_payload_as_it_came(
         (letter,) = agent.consumer.dead_letters.newest
         assert letter.event is not None
         assert letter.event["data"] == {"n": 1}
+
+
+@pytest.mark.parametrize("event_type", [ORDER, LOOK])
+async def test_an_error_whose_text_cannot_be_written_is_put_aside_like_others(
+    broker: MessageBroker, event_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Between pytest's own processes such a text cannot travel either
+    caplog.set_level(logging.CRITICAL, "mesh")
+
+    class Opener(Seen):
+        @on(event_type, max_retries=0)
+        async def open_file(self, event: Event) -> None:
+            raise ValueError(f"cannot open \udcff{event.data['n']}.csv")
+
+    async with running(broker, Opener) as agent, speaking(broker) as till:
+        for number in range(3):
+            await till.publish(event_type, {"n": number})
+        journal = await broker.open_journal()
+
+        async def kept() -> list[str]:
+            return sorted(letter.error for letter in await journal.dead())
+
+        wanted = [f"ValueError: cannot open \\udcff{number}.csv" for number in range(3)]
+        await eventually(lambda: _is(kept, wanted))
+        assert not agent.consumer.is_stuck()
+
+
+async def test_state_that_teardown_writes_is_kept(broker: MessageBroker) -> None:
+    class Tidy(Seen):
+        async def teardown(self) -> None:
+            self.ctx.state["closed"] = True
+
+    async with running(broker, Tidy):
+        pass
+    async with running(broker, Tidy) as again:
+        assert again.ctx.state["closed"] is True
+
+
+async def test_what_a_failed_try_left_running_changes_nothing(broker: MessageBroker) -> None:
+    class Clerk(Seen):
+        left: asyncio.Task[None]
+        refused = 0
+
+        @on(LOOK)
+        async def look(self, event: Event) -> None:
+            """Has other handlers than ORDER."""
+
+        @on(TYPED, retry=RetryPolicy(max_retries=1, first_delay_s=0.01))
+        async def bill(self, event: Event) -> None:
+            if self.ctx.attempt == 1:
+                self.go = asyncio.Event()
+                self.left = asyncio.create_task(self.late(event))
+                raise OSError("till busy")
+            self.go.set()
+            await self.left
+            self.ctx.state["n"] = self.ctx.state.get("n", 0) + 1
+            await self.publish(BILL, {"n": event.data["n"]})
+
+        async def late(self, event: Event) -> None:
+            await self.go.wait()
+            for forbidden in (self._late_publish, self._late_state):
+                with pytest.raises(ClosedError, match="a task that it left running"):
+                    await forbidden(event)
+                self.refused += 1
+
+        async def _late_publish(self, event: Event) -> None:
+            await self.publish(BILL, {"n": event.data["n"]})
+
+        async def _late_state(self, event: Event) -> None:
+            self.ctx.state["n"] = 100
+
+    async with running(broker, Clerk) as agent, speaking(broker) as till:
+        await till.publish(TYPED, {"n": 1})
+        journal = await broker.open_journal()
+        await eventually(lambda: agent.refused == 2)
+        await agent.consumer.drained()
+        assert len(await bills(journal)) == 1
+        assert agent.ctx.state["n"] == 1
+
+
+@pytest.mark.parametrize("event_type", [ORDER, LOOK])
+async def test_what_expires_between_two_tries_is_put_aside(
+    broker: MessageBroker, event_type: str
+) -> None:
+    class Busy(Agent):
+        tries = 0
+
+        @on(event_type)
+        async def try_it(self, event: Event) -> None:
+            self.tries += 1
+            raise Retry(after_s=0.3, reason="busy")
+
+    async with running(broker, Busy) as agent, speaking(broker) as till:
+        await till.publish(event_type, {"n": 1}, expires_in_s=0.25)
+        await eventually(lambda: bool(agent.consumer.dead_letters.newest))
+        (letter,) = agent.consumer.dead_letters.newest
+
+    assert agent.tries == 1
+    assert (letter.reason, letter.attempts) == ("expired", 1)
+    assert letter.handler == "try_it"
+    assert "after 1 tries: Retry: busy" in letter.error
+
+
+@pytest.mark.parametrize("event_type", [ORDER, LOOK])
+async def test_an_event_that_expires_in_one_handler_does_not_reach_the_next(
+    broker: MessageBroker, event_type: str
+) -> None:
+    class Slow(Agent):
+        async def setup(self) -> None:
+            self.late = 0
+
+        @on(event_type, priority=HandlerPriority.HIGH)
+        async def first(self, event: Event) -> None:
+            expires_at = event.expires_at or datetime.now(UTC)
+            await eventually(lambda: expires_at < datetime.now(UTC))
+
+        @on(event_type)
+        async def second(self, event: Event) -> None:
+            self.late += 1
+
+    async with running(broker, Slow) as agent, speaking(broker) as till:
+        await till.publish(event_type, {"n": 1}, expires_in_s=0.2)
+        await eventually(lambda: bool(agent.consumer.dead_letters.newest))
+        (letter,) = agent.consumer.dead_letters.newest
+
+    assert agent.late == 0
+    assert (letter.reason, letter.handler) == ("expired", "second")
 
 
 async def test_a_new_agent_begins_now_unless_it_says_earliest(broker: MessageBroker) -> None:

@@ -352,6 +352,37 @@ async def test_who_swallows_his_cancellation_does_not_end_the_limit_of_others(
     assert "went on to its end all the same" in caplog.text
 
 
+@pytest.mark.parametrize("swallows", ["returns", "raises"])
+async def test_who_swallows_his_cancellation_is_the_last_to_be_called(swallows: str) -> None:
+    begun: list[int] = []
+
+    async def hear(event: Event) -> None:
+        begun.append(event.data["n"])
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if swallows == "raises":
+                raise ValueError("not now") from None
+
+    async with InMemoryMessageBroker() as broker:
+        registry = EventHandlerRegistry()
+        consumer = EventConsumer(
+            ConsumerConfig(
+                agent_name="ear", broker=broker, handler_registry=registry, drain_timeout_s=0.05
+            )
+        )
+        await registry.register("t.x", hear, "ear", "hear")
+        await consumer.start()
+        publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
+        await say(publisher, 0, 1, 2)
+        await eventually(lambda: begun == [0])
+
+        await asyncio.wait_for(consumer.stop(), 5)
+
+        assert begun == [0]
+        await publisher.close()
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 20])
 @pytest.mark.parametrize("batch", [False, True], ids=["one by one", "in batches"])
 async def test_an_agent_that_hears_what_it_says_hears_all_of_it(count: int, *, batch: bool) -> None:

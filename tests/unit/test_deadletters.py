@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import pytest
+
 from mesh import Agent, on
 from mesh.deadletters import (
     MAX_FRAME_BYTES,
@@ -23,8 +25,6 @@ from tests.plumbing.journals import letter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import pytest
 
 
 def _event() -> Event:
@@ -117,3 +117,38 @@ async def test_letters_wait_for_a_journal_that_is_away() -> None:
     await letters.close()
 
     assert [letter.id for letter in kept] == [f"{event.id}/risk/"]
+
+
+async def test_a_letter_that_cannot_be_kept_holds_up_no_other() -> None:
+    kept: list[str] = []
+
+    async def bury(batch: Sequence[DeadLetter]) -> None:
+        if any(letter.id.startswith("odd") for letter in batch):
+            raise OverflowError("no form for it")
+        kept.extend(letter.id for letter in batch)
+
+    letters = DeadLetters("risk", bury)
+    for name in ("a", "odd", "b"):
+        letters.put(letter(name))
+    await letters.close()
+
+    assert kept == ["a", "b"]
+    assert letters.unkept == 1
+
+
+@pytest.mark.parametrize("value", [2**70, "\udcff", {1, 2}, object()])
+def test_a_letter_can_be_kept_whatever_its_event_carries(value: object) -> None:
+    letters = DeadLetters("risk")
+    event = Event("order", {"x": value}, "feed", datetime(2024, 1, 1, tzinfo=UTC))
+
+    made = letters.letter(event, "failed", _raised(ValueError, "cannot open \udcff.csv"))
+
+    assert decode_letter(encode_letter(made)) == made
+    assert "cannot open \\udcff.csv" in made.error
+
+
+def test_only_so_much_of_an_error_is_kept() -> None:
+    made = DeadLetters("risk").letter(_event(), "failed", _raised(ValueError, "x" * 1_000_000))
+
+    assert len(made.error) < 5_000
+    assert made.error.endswith("characters more)")
