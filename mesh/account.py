@@ -144,7 +144,8 @@ def _shared_link(said: Out, heard: list[tuple[LedgerView, In]], *, settled: bool
     unfinished = sum(each.received - each.settled for each in current)
     # What was said before the first of them listened was not meant for them
     base = min((each.last - each.received - each.passed - each.lost for each in same), default=0)
-    lasts = [each.last if each.epoch == said.epoch else 0 for each in current]
+    # Who has heard nothing since it listens (anew) does not know what it has missed
+    lasts = [each.last if each.epoch == said.epoch else 0 for each in current if each.epoch]
     seen = said.sequence if settled else min(lasts, default=said.sequence)
     return LinkAccount(
         published=said.sequence,
@@ -172,7 +173,8 @@ def _link(said: Out, view: LedgerView, heard: In, *, settled: bool) -> LinkAccou
         return LinkAccount(said.sequence, heard.received, lost, 0)
     # A newer epoch means the publisher's ledger was begun anew: nothing of it was seen yet
     last = heard.last if heard.epoch == said.epoch else 0
-    under_way = max(0, said.sequence - last)
+    # Whoever listens anew is not waiting for what was said before
+    under_way = max(0, said.sequence - last) if heard.epoch else 0
     unfinished = heard.received - heard.settled
     return LinkAccount(
         published=said.sequence,

@@ -160,6 +160,7 @@ class EventConsumer:
         self._started = True
         try:
             await self.prepare()
+            self.ledger.listen_to(self._topics())
             self._slots.start()
             # Durable ones as well: should a publisher take one for live, it is heard, and said
             await self.broker.attach(sorted(self._topics()), self.live)

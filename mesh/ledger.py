@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from mesh.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 MAGIC = 0x4C45_4749_4F4E_4C31
 VERSION = 1
@@ -78,8 +78,9 @@ _OTHERS = "(others)"
 
 # Values of an OUT record
 OUT_EPOCH, OUT_SEQUENCE, OUT_BEGAN = 0, 1, 2
-# Values of an IN record. Durable events are counted under the publisher `JOURNAL`, without epoch,
-# last and lost: the journal knows what is outstanding, and loses nothing.
+# Values of an IN record. Epoch 0: nothing was heard since one listens (anew), and nothing is under
+# way. Durable events are counted under the publisher `JOURNAL`, without epoch, last and lost: the
+# journal knows what is outstanding, and loses nothing.
 IN_EPOCH, IN_LAST, IN_RECEIVED, IN_LOST, IN_SETTLED, IN_DROPPED = 0, 1, 2, 3, 4, 5
 #: What other replicas handle, and - where events are shared - what was missed: the group's account
 #: tells how much of that was lost.
@@ -181,6 +182,12 @@ class Ledger:
         """Say whether an index of `link` stands for many links, for which there is no room."""
         return at == self._index.get((IN, _OTHERS))
 
+    def listen_to(self, topics: Collection[str]) -> None:
+        """Note that only these topics are heard: on links of others nothing is under way."""
+        for (kind, key), at in self._index.items():
+            if kind == IN and key.partition("\0")[2] not in topics:
+                self._listen_anew(at)
+
     def record_latency(self, latency_us: float) -> None:
         """Count one delivery's latency in its bucket."""
         bucket = bisect.bisect_left(BUCKETS, latency_us)
@@ -259,7 +266,11 @@ class Ledger:
                 cells[at + IN_LOST] += unsettled
             cells[at + IN_RECEIVED] -= unsettled
             if was_retired:
-                cells[at + IN_EPOCH] = cells[at + IN_LAST] = 0
+                self._listen_anew(at)
+
+    def _listen_anew(self, at: int) -> None:
+        """Let the next number on a link be the first: epoch 0 says that nothing is under way."""
+        self.cells[at + IN_EPOCH] = self.cells[at + IN_LAST] = 0
 
 
 def boot_id() -> int:

@@ -18,6 +18,7 @@ from mesh.ledger import (
     HEADER_BYTES,
     HISTOGRAM_AT,
     IN,
+    IN_EPOCH,
     IN_LAST,
     IN_RECEIVED,
     IN_SETTLED,
@@ -233,7 +234,8 @@ class Backlog:
                     cells = ledger.cells
                     publisher, _, topic = key.partition("\0")
                     sequence = said.get((publisher, topic), 0)
-                    waiting += max(0, sequence - cells[at + IN_LAST])
+                    if cells[at + IN_EPOCH]:
+                        waiting += max(0, sequence - cells[at + IN_LAST])
                     waiting += cells[at + IN_RECEIVED] - cells[at + IN_SETTLED]
         return waiting
 

@@ -25,7 +25,7 @@ from mesh import (
 from mesh.account import LinkAccount, account
 from mesh.errors import BrokerUnavailableError
 from mesh.ledger import IN_RECEIVED, Ledger
-from mesh.ledger_views import view_of
+from mesh.ledger_views import Backlog, view_of
 from mesh.testing import FakeClock
 from tests.plumbing.processes import eventually
 
@@ -170,6 +170,31 @@ async def test_losses_are_counted_over_the_death_of_both_ends(tmp_path: Path) ->
     assert heard == [5]
     assert (link.published, link.lost) == (8, 2 + 3)
     await second.stop()
+    await broker.close()
+
+
+async def test_nothing_is_under_way_to_who_does_not_hear_a_type_any_more(tmp_path: Path) -> None:
+    """Else a source that waits for headroom would wait for ever."""
+    broker, registry = InMemoryMessageBroker(), EventHandlerRegistry()
+    said = Ledger.open(tmp_path / "mouth")
+    publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker, ledger=said))
+    first, _ = await consume(broker, Ledger.open(tmp_path / "ear"))
+    await say(publisher, 1, 2)
+    await first.drained()
+    await first.stop()
+    successor = Ledger.open(tmp_path / "ear")
+    second = EventConsumer(
+        ConsumerConfig(agent_name="ear", broker=broker, handler_registry=registry, ledger=successor)
+    )
+    await second.start()
+    await say(publisher, 3, 4)
+
+    assert Backlog(tmp_path).under_way() == 0
+    views = {"mouth": view_of("mouth", said), "ear": view_of("ear", successor)}
+    link = account(views, settled=True).links["mouth>t.x>ear"]
+    assert (link.received, link.lost, link.in_flight) == (2, 0, 0)
+    await second.stop()
+    await publisher.close()
     await broker.close()
 
 

@@ -19,7 +19,7 @@ from mesh import (
 )
 from mesh.account import LinkAccount, account
 from mesh.ledger import Ledger
-from mesh.ledger_views import read_ledgers, retire
+from mesh.ledger_views import Backlog, read_ledgers, retire
 from mesh.replicas import Roster, replica_names
 
 if TYPE_CHECKING:
@@ -169,10 +169,35 @@ async def test_a_retired_replica_misses_nothing_and_comes_back(group: Group) -> 
 
     await group.begin("ear@2")
     group.share(*NAMES[:2])
+    assert group.link() == LinkAccount(published=400, received=400, lost=0, in_flight=0)
+    assert Backlog(group.folder).under_way() == 0, "it hears nothing of what was said without it"
     await group.say(range(400, 600))
 
     assert group.link() == LinkAccount(published=600, received=600, lost=0, in_flight=0)
     assert sorted(group.all()) == list(range(600))
+
+
+async def test_what_was_lost_stays_counted_when_a_replica_comes_back(group: Group) -> None:
+    for name in NAMES[:2]:
+        await group.begin(name)
+    group.share(*NAMES[:2])
+    await group.say(range(200))
+    await group.consumers.pop("ear@2").stop()
+    await group.say(range(200, 400))
+    await group.begin("ear@2")
+    group.share(*NAMES[:2])
+    await group.say(range(400, 401))
+    before = group.link()
+    await group.consumers.pop("ear@2").stop()
+    retire(group.folder / "ear@2")
+    group.share("ear")
+    assert group.link() == before
+
+    await group.begin("ear@2")
+    group.share(*NAMES[:2])
+
+    assert before.lost > 0
+    assert group.link() == before
 
 
 async def test_who_gets_keys_of_another_is_told_which_and_forgets_them(group: Group) -> None:
