@@ -121,6 +121,26 @@ class MessageBusConfig:
             raise ConfigurationError(problems)
         return cls(**values)
 
+    def fabric(self) -> str:
+        """Say in words what joins the mesh, and where it is; without secrets."""
+        if self.broker_type != "redis":
+            return self.broker_type
+        # Agents on other fabrics never load it
+        from mesh.redis_link.access import Address, parse_url
+
+        said = None if self.redis_url is None else parse_url(self.redis_url)
+        if self.redis_sentinels:
+            nodes = ",".join(f"{host}:{port}" for host, port in sorted(self.redis_sentinels))
+            where = f"{self.redis_sentinel_service} by the sentinels {nodes}"
+        elif said is not None:
+            where = str(said.address)
+        else:
+            where = str(Address(self.redis_host, self.redis_port, self.redis_socket))
+        where = where.replace("localhost", "127.0.0.1")
+        db = self.redis_db if said is None or said.db is None else said.db
+        kind = "redis cluster" if self.redis_cluster else "redis"
+        return f"{kind} at {where}, database {db}, mesh {self.mesh_name!r}"
+
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as plain data; secrets are masked."""
         return {field.name: masked(field.name, getattr(self, field.name)) for field in fields(self)}

@@ -146,6 +146,11 @@ class RunDir:
         return self.path / "ledger" / name
 
     @property
+    def fabric(self) -> Path:
+        """What joins the mesh that was started last, in words."""
+        return self.path / "run" / "fabric"
+
+    @property
     def ledgers(self) -> Path:
         """Give the folder of all ledgers."""
         return self.path / "ledger"

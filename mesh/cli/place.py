@@ -134,11 +134,28 @@ def settings_of(rundir: RunDir) -> MessageBusConfig:
     One that was started with a redis-server of its own is joined there, whatever else is set.
 
     Raises:
-        ConfigurationError: They cannot be used.
+        ConfigurationError: They cannot be used, or the mesh runs on another fabric.
     """
     if has_own_redis(rundir):
         return MessageBusConfig.from_env(settings_for(rundir, environment()))
-    return MessageBusConfig.from_env()
+    config = MessageBusConfig.from_env()
+    _require_same_fabric(rundir, config)
+    return config
+
+
+def _require_same_fabric(rundir: RunDir, config: MessageBusConfig) -> None:
+    """Keep a shell that lacks the mesh's settings away from a journal that is not the mesh's."""
+    if rundir.holder(rundir.lock("monitor")) is None:
+        return
+    try:
+        known = rundir.fabric.read_text()
+    except FileNotFoundError:  # supervisord was started by hand
+        return
+    if known != config.fabric():
+        raise ConfigurationError(
+            f"the mesh in {rundir.path} was started on {known}; the settings here say"
+            f" {config.fabric()}: set LEGION_BROKER_TYPE and REDIS_* as they were for `mesh up`"
+        )
 
 
 def own_redis_is_down(rundir: RunDir) -> bool:

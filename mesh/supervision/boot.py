@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mesh.account import account
+from mesh.config import MessageBusConfig
 from mesh.errors import AlreadyRunningError, ConfigurationError, MeshError
 from mesh.ledger_views import read_ledgers, retire
 from mesh.replicas import group_of, replica_names
@@ -116,6 +117,7 @@ async def up(
         given = settings_for(rundir, os.environ) if with_redis else os.environ
         variables = {**given, **(environment or {}), "MESH_DIR": str(rundir.path)}
         variables |= {f"MESH_PARAM_{name.upper()}": value for name, value in (params or {}).items()}
+        rundir.fabric.write_text(MessageBusConfig.from_env(variables).fabric())
         said = rundir.path / "log" / "supervisord.out"
         pid = await asyncio.to_thread(_spawn, conf, project, variables, said)
         await _await_answer(client, pid, said)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner, Result
 
+from mesh import MessageBusConfig
 from mesh.cli.main import DLQ_COMMANDS, cli
 from mesh.events import Event
 from mesh.journals.sqlite import SQLiteJournal
 from mesh.rundir import RunDir
 from tests.plumbing.journals import letter
+from tests.plumbing.processes import run_mesh
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -169,6 +171,28 @@ def test_forgetting_to_choose_does_not_mean_all(rundir: Path, command: str) -> N
 
     assert (refused.exit_code, both.exit_code) == (2, 2)
     assert "either --all, or which letters" in refused.output
+    assert told("ls")["total"] == 1
+
+
+def test_a_shell_with_other_settings_touches_nothing(
+    rundir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second terminal that lacks the mesh's variables would empty the journal of another mesh."""
+    mesh = RunDir(rundir).ensure()
+    mesh.fabric.write_text(MessageBusConfig(broker_type="redis", redis_password="canary").fabric())
+    bury(rundir, failed("a"))
+    with mesh.acquire(mesh.lock("monitor")):
+        refused = run_mesh("dlq", "purge", "--all", "--yes")
+        monkeypatch.setenv("LEGION_BROKER_TYPE", "redis")
+        monkeypatch.setenv("REDIS_HOST", "127.0.0.1")
+        same = run_mesh("dlq", "purge", "--all", "--yes")
+
+    assert refused.code == 78
+    assert "was started on redis at 127.0.0.1:6379, database 0" in refused.err
+    assert "the settings here say zmq" in refused.err
+    assert "was started on" not in same.err
+    monkeypatch.delenv("LEGION_BROKER_TYPE")
+    monkeypatch.delenv("REDIS_HOST")
     assert told("ls")["total"] == 1
 
 

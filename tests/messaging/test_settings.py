@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mesh import ConfigurationError, MessageBusConfig, RedisMessageBroker
@@ -161,6 +163,29 @@ def test_a_password_that_breaks_its_url_is_not_shown(url: str) -> None:
         RedisMessageBroker(url=url)
 
     assert SECRET not in f"{by_setting.value} {by_argument.value!r} {by_argument.value}"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "zmq"),
+        ({"redis_password": "s"}, "redis at 127.0.0.1:6379, database 0, mesh 'default'"),
+        ({"redis_socket": "/run/r"}, "redis at unix:/run/r, database 0, mesh 'default'"),
+        (
+            {"redis_url": "redis://h:7/3", "mesh_name": "b"},
+            "redis at h:7, database 3, mesh 'b'",
+        ),
+        ({"redis_cluster": True}, "redis cluster at 127.0.0.1:6379, database 0, mesh 'default'"),
+        (
+            {"redis_sentinels": (("b", 2), ("a", 1))},
+            "redis at mymaster by the sentinels a:1,b:2, database 0, mesh 'default'",
+        ),
+    ],
+)
+def test_a_fabric_has_words_without_secrets(given: dict[str, Any], words: str) -> None:
+    config = MessageBusConfig(broker_type="redis" if given else "zmq", **given)
+
+    assert config.fabric() == words
 
 
 def test_settings_that_cannot_hold_together_are_named_like_the_others() -> None:
