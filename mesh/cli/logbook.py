@@ -32,9 +32,9 @@ _COLOURS: dict[str, say.Colour] = {"WARNING": "yellow", "ERROR": "red", "CRITICA
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A record with the lines that belong to it."""
+    """A record with the lines that belong to it, or one printed line."""
 
-    #: ISO 8601, so that text order is the order of time.
+    #: ISO 8601, so that text order is the order of time; of a printed line it is a guess.
     time: str
     name: str
     text: str
@@ -45,7 +45,7 @@ class Entry:
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is written from now on.")
 @click.option(
     "-n", "--lines", default=50, show_default=True, type=click.IntRange(min=0),
-    help="Begin with so many records.",
+    help="Begin with so many records and printed lines.",
 )  # fmt: skip
 @directory_option
 def logs(names: tuple[str, ...], follow: bool, lines: int, directory: str | None) -> None:
@@ -55,10 +55,16 @@ def logs(names: tuple[str, ...], follow: bool, lines: int, directory: str | None
     The records of all agents, or of those named, merged by time; the same works when the mesh is
     down. Following goes on over rotations and restarts.
 
+    What an agent printed carries no time: a line stands where its file was last written, or behind
+    the last line in it that has a time. While following, that is when it was printed; looking back,
+    it may stand too late among others' lines. Lines of one agent keep their order. To tell an error
+    from one of an earlier start, name supervisord too, which logs every start.
+
     \b
     Example:
       mesh logs -n 20
       mesh logs -f risk execution
+      mesh logs risk supervisord
     """  # noqa: D301
     folder = Place.find(directory).rundir.path / "log"
     found = {path.stem for path in _files(folder, ())}
@@ -97,21 +103,21 @@ class Followed:
     def history(self) -> list[Entry]:
         """Read what is there, rotated files first; `new` goes on behind it."""
         older = sorted(self.path.parent.glob(f"{self.path.name}.[0-9]"), reverse=True)
-        texts = []
+        lines: list[tuple[str, str]] = []
         for path in older:
             try:
-                texts.append(path.read_text(errors="replace"))
+                lines += self._whole_lines(path.read_text(errors="replace"), _written_at(path))
             except OSError:
                 continue  # rotated away in this moment
-        return list(self._entries("".join([*texts, self._read()])))
+        return list(self._entries(lines + self._read()))
 
     def new(self) -> list[Entry]:
         """Read what was written since; of a file that took this one's place, everything."""
-        text = self._read()
+        lines = self._read()
         if self._was_replaced():
             self.close()
-            text += self._read()
-        return list(self._entries(text))
+            lines += self._read()
+        return list(self._entries(lines))
 
     def close(self) -> None:
         """Close the file; the next read opens it anew."""
@@ -119,18 +125,21 @@ class Followed:
             self._file.close()
             self._file = None
 
-    def _read(self) -> str:
+    def _read(self) -> list[tuple[str, str]]:
         if self._file is None:
             try:
                 self._file = self.path.open(errors="replace")
             except OSError:
-                return ""
+                return []
         if self._file.seekable() and _size(self._file) < self._file.tell():
             self._file.seek(0)
+        return self._whole_lines(self._file.read(), _written_at(self.path))
+
+    def _whole_lines(self, text: str, written: str) -> list[tuple[str, str]]:
+        """Give lines with the time their file was last written."""
         # A line that is being written is kept until its end comes
-        text = self._rest + self._file.read()
-        whole, newline, self._rest = text.rpartition("\n")
-        return whole + newline
+        whole, newline, self._rest = (self._rest + text).rpartition("\n")
+        return [(line, written) for line in whole.split("\n")] if newline else []
 
     def _was_replaced(self) -> bool:
         if self._file is None:
@@ -141,26 +150,40 @@ class Followed:
         except OSError:
             return False  # renamed away; the new one is not there yet
 
-    def _entries(self, text: str) -> Iterator[Entry]:
-        """Join lines without a time to the record before them."""
-        at = self._fallback_time()
-        lines: list[str] = []
-        for line in text.splitlines():
-            found = _time_of(line)
-            if found and lines:
-                yield Entry(at, self.path.stem, "\n".join(lines))
-                lines = []
-            at = found or at
-            # One clock in all lines, whatever zone supervisord wrote its own in
-            lines.append(_LOCAL_TIME.sub(f"{at} ", line) if found else line)
-        if lines:
-            yield Entry(at, self.path.stem, "\n".join(lines))
+    def _entries(self, lines: list[tuple[str, str]]) -> Iterator[Entry]:
+        """Join lines to the record they belong to; a printed line is an entry of its own."""
+        name = self.path.stem
+        times = [_time_of(line) for line, _ in lines]
+        first = next((each for each in times if each), None)
+        at = ""
+        record: list[str] = []
+        for (line, written), found in zip(lines, times, strict=True):
+            if record and found is None and self._goes_on(line):
+                record.append(line)
+                continue
+            if record:
+                yield Entry(at, name, "\n".join(record))
+                record = []
+            if found is None:
+                # At the latest; within its file it stays where it was
+                yield Entry(at or min(written, first or written), name, line)
+            else:
+                at = found
+                # One clock in all lines, whatever zone supervisord wrote its own in
+                record = [_LOCAL_TIME.sub(f"{at} ", line)]
+        if record:
+            yield Entry(at, name, "\n".join(record))
 
-    def _fallback_time(self) -> str:
-        try:
-            return _iso(self.path.stat().st_mtime)
-        except OSError:
-            return _iso(time.time())
+    def _goes_on(self, line: str) -> bool:
+        """Say whether a line without a time, such as a traceback's, belongs to a record."""
+        return self.path.suffix == ".log" or line[:1].isspace()
+
+
+def _written_at(path: Path) -> str:
+    try:
+        return _iso(path.stat().st_mtime)
+    except OSError:
+        return _iso(time.time())
 
 
 def _time_of(line: str) -> str | None:
@@ -208,14 +231,13 @@ def _print(entries: Iterable[Entry]) -> None:
     for entry in entries:
         head, *more = entry.text.split("\n")
         level = next((word for word in head.split(" ")[1:2] if word in _COLOURS), "")
-        # Records name their agent themselves; bare output does not
+        # Records name their agent themselves; tracebacks and bare output do not
         named = head if f"agent={entry.name} " in head else f"{entry.name}: {head}"
         say.line(named, _COLOURS.get(level, ""))
         for line in more:
-            say.line(line, "dim")
+            say.line(f"{entry.name}: {line}", "dim")
     sys.stdout.flush()
 
 
 def _size(file: IO[str]) -> int:
-
     return os.fstat(file.fileno()).st_size

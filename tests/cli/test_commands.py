@@ -419,8 +419,51 @@ def test_logs_merge_by_time(rundir: Path) -> None:
     shown = call("logs").output.splitlines()
 
     assert [line.split("agent=")[-1][:3] for line in shown[::2]] == ["two", "one"]
-    assert shown[1] == "    more of two"
+    assert shown[1] == "two:     more of two"
     assert call("logs", "nobody").exit_code == 2
+
+
+def test_a_printed_line_is_counted_and_named_by_itself(rundir: Path) -> None:
+    folder = rundir / "log"
+    folder.mkdir()
+    (folder / "one.out").write_text("a\nb\n  c\n")
+    os.utime(folder / "one.out", (1767225602, 1767225602))
+    (folder / "one.out.1").write_text("older\n")
+    os.utime(folder / "one.out.1", (1767225600, 1767225600))
+    (folder / "two.log").write_text("2026-01-01T00:00:01.000Z INFO agent=two x: hi\n")
+
+    # As late as the file they stand in
+    record = "2026-01-01T00:00:01.000Z INFO agent=two x: hi"
+    assert call("logs").output.splitlines() == [
+        "one: older", record, "one: a", "one: b", "one:   c"
+    ]  # fmt: skip
+    assert call("logs", "-n", "2").output.splitlines() == ["one: b", "one:   c"]
+
+
+def test_printed_lines_keep_their_place_among_those_with_a_time(rundir: Path) -> None:
+    folder = rundir / "log"
+    folder.mkdir()
+    record = "2026-01-01T00:00:01.000Z ERROR it broke"
+    (folder / "one.out").write_text(f"first\n{record}\n  File x\nlast\n")
+    (folder / "two.log").write_text("2026-01-01T00:00:02.000Z INFO agent=two x: hi\n")
+
+    assert call("logs", "-n", "3").output.splitlines() == [
+        f"one: {record}",
+        "one:   File x",
+        "one: last",
+        "2026-01-01T00:00:02.000Z INFO agent=two x: hi",
+    ]
+    assert call("logs", "one").output.splitlines()[0] == "one: first"
+
+
+def test_a_printed_line_that_a_rotation_cut_is_whole_again(tmp_path: Path) -> None:
+    (tmp_path / "a.out.1").write_text("one\ntw")
+    (tmp_path / "a.out").write_text("o\nthree\n")
+
+    followed = Followed(tmp_path / "a.out")
+
+    assert [entry.text for entry in followed.history()] == ["one", "two", "three"]
+    followed.close()
 
 
 @pytest.fixture
