@@ -242,6 +242,8 @@ async def reload(project: Path, rundir: RunDir) -> tuple[list[str], list[str], l
     for name in (*changed, *removed):
         await client.stop(name)
         await client.remove(name)
+    for name in removed:
+        _take_leave(rundir, name)
     for name in (*added, *changed):
         await client.add(name)
     return added, changed, removed
@@ -279,13 +281,17 @@ async def scale(
     await _stop_all(client, removed)
     for each in removed:
         await client.remove(each)
-        # Not before it has ended: until then it counts
-        retire(rundir.ledger(each))
-        rundir.card(each).unlink(missing_ok=True)
+        _take_leave(rundir, each)
     for each in added:
         await client.add(each)
     write_replicas(rundir, name, count)
     return added, removed
+
+
+def _take_leave(rundir: RunDir, name: str) -> None:
+    """Note that an agent has ended for good; not before it has: until then it counts."""
+    retire(rundir.ledger(name))
+    rundir.card(name).unlink(missing_ok=True)
 
 
 def _render_again(project: Path, rundir: RunDir, replicas: Mapping[str, int]) -> None:

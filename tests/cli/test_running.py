@@ -143,6 +143,34 @@ def test_a_project_from_nothing_runs(tmp_path: Path) -> None:
     assert stopped.code == 0, stopped
 
 
+def test_an_agent_that_was_taken_out_is_forgotten(tmp_path: Path, own_mesh_dir: Path) -> None:
+    shop = tmp_path / "shop"
+    run_mesh("init", str(shop), cwd=tmp_path)
+    conf = shop / "supervisord.conf"
+    run_mesh("new", "till", "--hears", "customer.came", cwd=shop)
+    without = conf.read_text()
+    run_mesh("new", "crier", "--hears", "till.said", cwd=shop)
+    run_mesh("up", "-d", cwd=shop)
+    conf.write_text(without)
+    reloaded = run_mesh("reload", cwd=shop)
+    said = run_mesh("publish", "customer.came", "{}", cwd=shop)
+
+    def topics() -> dict[str, Any]:
+        told: dict[str, Any] = json.loads(run_mesh("agents", "--json", cwd=shop).out)
+        assert list(told["agents"]) == ["till"]
+        found: dict[str, Any] = told["topics"]
+        return found
+
+    wait_until(lambda: topics()["customer.came"]["said_by"] == ["mesh-publish"])
+    known = topics()
+    run_mesh("down", cwd=shop)
+
+    assert "removed: crier" in reloaded.out
+    assert said.code == 0
+    assert known["till.said"]["heard_by"] == []
+    assert not (own_mesh_dir / "agents" / "crier.json").exists()
+
+
 def test_a_run_says_what_was_put_aside_and_what_nobody_read(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
