@@ -10,13 +10,19 @@ import click
 from mesh.card import read_cards
 from mesh.cli import say
 from mesh.cli.exits import NoMeshError
+from mesh.cli.known import known_agents
 from mesh.cli.place import Place, directory_option, json_option
 from mesh.events import is_durable
+from mesh.ledger import JOURNAL
 from mesh.ledger_views import read_ledgers
+from mesh.replicas import group_of
 from mesh.topics import PRIVATE_PREFIX
 
 if TYPE_CHECKING:
-    from mesh.rundir import RunDir
+    from collections.abc import Mapping
+
+    from mesh.card import Card
+    from mesh.ledger_views import LedgerView
 
 #: Said by every agent of itself, for eyes; nobody has to hear it.
 LIFE = "agent."
@@ -54,28 +60,69 @@ class Topic:
             names.append(name)
 
 
-def topics_of(rundir: RunDir) -> dict[str, Topic]:
-    """Join the agents' cards and ledgers into topics; agents' own lives are left out."""
+def cards_of(place: Place) -> dict[str, Card]:
+    """
+    Read the cards of the agents that this mesh has; those of agents that were taken out stay away.
+
+    Raises:
+        ConfigurationError: supervisord.conf cannot be read.
+    """
+    known = known_agents(place)
+    return {
+        name: card
+        for name, card in read_cards(place.rundir).items()
+        if not known.is_stray(card.group or group_of(name))
+    }
+
+
+def topics_of(place: Place) -> dict[str, Topic]:
+    """
+    Join the agents' cards and ledgers into topics; agents' own lives are left out.
+
+    Raises:
+        ConfigurationError: supervisord.conf cannot be read.
+    """
     topics: dict[str, Topic] = {}
-    for name, card in read_cards(rundir).items():
+    cards = cards_of(place)
+    for name, card in cards.items():
         for topic in card.hears:
             entry = topics.setdefault(topic, Topic())
             entry.heard_by.append(name)
             entry.note_class(name, durable=topic in card.durable)
-    for name, view in read_ledgers(rundir.ledgers).items():
-        for topic, out in view.out.items():
+    gone = read_cards(place.rundir).keys() - cards.keys()
+    views = read_ledgers(place.rundir.ledgers)
+    for name, view in views.items():
+        for topic, out in view.out.items() if name not in gone and not view.retired else ():
             entry = topics.setdefault(topic, Topic())
             entry.said_by.append(name)
             entry.published += out.sequence
             if out.sequence:
                 # Only live events are numbered
                 entry.note_class(name, durable=not out.epoch)
+    _add_others(topics, views)
     return {
         name: topics[name]
         for name in sorted(topics)
         if not name.startswith(PRIVATE_PREFIX)
         and (not name.startswith(LIFE) or topics[name].heard_by)
     }
+
+
+def _add_others(topics: dict[str, Topic], views: Mapping[str, LedgerView]) -> None:
+    """Add who was heard and has no ledger here: `mesh publish`, a program, another host."""
+    heard: dict[tuple[str, str], int] = {}
+    for view in views.values():
+        for link, each in view.in_.items():
+            if link[0] not in views:
+                heard[link] = max(heard.get(link, 0), each.received)
+    # The journal last: it passes on what somebody else has said
+    for (publisher, topic), count in sorted(heard.items(), key=lambda item: item[0][0] == JOURNAL):
+        entry = topics.get(topic)
+        if entry is None or not count:
+            continue
+        if publisher != JOURNAL or not entry.said_by:
+            entry.said_by.append(publisher)
+            entry.published += count
 
 
 @click.command()
@@ -85,16 +132,20 @@ def agents(json_form: bool, directory: str | None) -> None:
     """
     Show who hears and says what, and topics that only one side knows.
 
+    Whoever was heard counts as having said it, as mesh-publish does after `mesh publish`; a durable
+    type that no agent here has said comes from the (journal).
+
     \b
     Example:
       mesh agents
       mesh agents --json
     """  # noqa: D301
-    rundir = Place.find(directory).rundir
-    cards = read_cards(rundir)
+    place = Place.find(directory)
+    cards = cards_of(place)
     if not cards:
-        raise NoMeshError(f"no agent has started in {rundir.path}; start a mesh with `mesh up`")
-    topics = topics_of(rundir)
+        where = place.rundir.path
+        raise NoMeshError(f"no agent has started in {where}; start a mesh with `mesh up`")
+    topics = topics_of(place)
     said = {
         name: [topic for topic, entry in topics.items() if name in entry.said_by] for name in cards
     }

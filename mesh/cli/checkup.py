@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -296,9 +295,12 @@ def _socket(rundir: RunDir, name: str) -> Row:
 
 
 def _topics(place: Place) -> Iterator[Row]:
-    with contextlib.suppress(ConfigurationError):  # no project is said already
+    try:
         load_schemas(place.project)
-    for name, topic in topics_of(place.rundir).items():
+        topics = topics_of(place)
+    except ConfigurationError:
+        return  # said already
+    for name, topic in topics.items():
         if topic.disagreement is not None:
             remedy = "import one declaration; the same LEGION_DURABLE_EVENTS for all; mesh restart"
             yield Row("topic", "fail", f"{name} is {topic.disagreement}", remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from mesh.card import Card, write_card
-from mesh.cli.agents import topics_of
+from mesh.cli.agents import Topic, topics_of
 from mesh.cli.main import cli
-from mesh.ledger import OUT_EPOCH, OUT_SEQUENCE, Ledger
+from mesh.cli.place import Place
+from mesh.ledger import IN_RECEIVED, IN_SETTLED, JOURNAL, OUT_EPOCH, OUT_SEQUENCE, Ledger
 from mesh.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -19,22 +21,23 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def home(rundir: Path) -> RunDir:
+def home(rundir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.chdir(tmp_path)
     return RunDir(rundir).ensure()
 
 
-def hears(home: RunDir, name: str, topic: str, *, durable: bool) -> None:
+def hears(home: RunDir, name: str, *topics: str, durable: bool) -> None:
     write_card(
         home,
         Card(
             name=name,
             pid=1,
             script="",
-            hears=(topic,),
+            hears=topics,
             says=(),
             started_at_s=0.0,
             state="ready",
-            durable=(topic,) if durable else (),
+            durable=topics if durable else (),
         ),
     )
 
@@ -47,28 +50,39 @@ def says(home: RunDir, name: str, topic: str, *, durable: bool) -> None:
     ledger.close()
 
 
+def heard(home: RunDir, name: str, publisher: str, topic: str, *, count: int) -> None:
+    ledger = Ledger.open(home.ledger(name))
+    at = ledger.link(publisher, topic)
+    ledger.cells[at + IN_RECEIVED] = ledger.cells[at + IN_SETTLED] = count
+    ledger.close()
+
+
+def topics() -> dict[str, Topic]:
+    return topics_of(Place.find(None))
+
+
 @pytest.mark.parametrize("said", [True, False])
-@pytest.mark.parametrize("heard", [True, False])
-def test_both_sides_are_compared(home: RunDir, said: bool, heard: bool) -> None:
+@pytest.mark.parametrize("listens", [True, False])
+def test_both_sides_are_compared(home: RunDir, said: bool, listens: bool) -> None:
     says(home, "till", "shop.order", durable=said)
-    hears(home, "clerk", "shop.order", durable=heard)
+    hears(home, "clerk", "shop.order", durable=listens)
 
-    topic = topics_of(home)["shop.order"]
+    topic = topics()["shop.order"]
 
-    assert (topic.disagreement is None) == (said == heard)
+    assert (topic.disagreement is None) == (said == listens)
     told = json.loads(CliRunner().invoke(cli, ["agents", "--json"]).stdout)
     assert told["topics"]["shop.order"]["disagreement"] == topic.disagreement
     doctor = CliRunner().invoke(cli, ["doctor", "--json"])
     rows = [row for row in json.loads(doctor.stdout)["rows"] if row["check"] == "topic"]
-    assert [row["verdict"] for row in rows] == ([] if said == heard else ["fail"])
-    assert doctor.exit_code == (0 if said == heard else 1)
+    assert [row["verdict"] for row in rows] == ([] if said == listens else ["fail"])
+    assert doctor.exit_code == (0 if said == listens else 1)
 
 
 def test_two_who_hear_are_compared_too(home: RunDir) -> None:
     hears(home, "clerk", "shop.order", durable=True)
     hears(home, "clerk@2", "shop.order", durable=False)
 
-    assert topics_of(home)["shop.order"].disagreement == "durable for clerk, live for clerk@2"
+    assert topics()["shop.order"].disagreement == "durable for clerk, live for clerk@2"
 
 
 def test_only_a_type_that_nobody_has_declared_may_be_misspelt(home: RunDir) -> None:
@@ -84,3 +98,44 @@ def test_only_a_type_that_nobody_has_declared_may_be_misspelt(home: RunDir) -> N
         "portfolio.updatted (book): said, but heard by nobody": "warn",
         "order.executd (clerk): heard, but said by nobody yet": "warn",
     }
+
+
+def test_whoever_was_heard_has_said_it(home: RunDir) -> None:
+    hears(home, "clerk", "shop.order", "shop.bill", durable=True)
+    hears(home, "porter", "shop.bell", "shop.door", durable=False)
+    heard(home, "porter", "mesh-publish", "shop.bell", count=3)
+    heard(home, "clerk", JOURNAL, "shop.order", count=2)
+    heard(home, "porter", "mesh-publish", "shop.door", count=0)
+    # Whose ledger tells it needs no journal
+    says(home, "till", "shop.bill", durable=True)
+    heard(home, "clerk", JOURNAL, "shop.bill", count=3)
+
+    told = {name: (each.said_by, each.published) for name, each in topics().items()}
+
+    assert told == {
+        "shop.bell": (["mesh-publish"], 3),
+        "shop.bill": (["till"], 3),
+        "shop.door": ([], 0),
+        "shop.order": (["(journal)"], 2),
+    }
+    doctor = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)
+    found = [row["found"] for row in doctor["rows"] if row["check"] == "topic"]
+    assert found == ["shop.door (porter): heard, but said by nobody yet"]
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_only_agents_of_this_project_or_those_that_run_are_shown(
+    home: RunDir, tmp_path: Path, runs: bool
+) -> None:
+    (tmp_path / "supervisord.conf").write_text("[program:clerk]\ncommand=x\n")
+    for name in ("clerk", "clerk@2", "till"):
+        hears(home, name, "shop.order", durable=False)
+    says(home, "till", "shop.bill", durable=False)
+
+    with home.acquire(home.lock("till")) if runs else contextlib.nullcontext():
+        shown = json.loads(CliRunner().invoke(cli, ["agents", "--json"]).stdout)
+
+    till = ["till"] if runs else []
+    assert list(shown["agents"]) == ["clerk", "clerk@2", *till]
+    assert shown["topics"]["shop.order"]["heard_by"] == ["clerk", "clerk@2", *till]
+    assert ("shop.bill" in shown["topics"]) == runs
