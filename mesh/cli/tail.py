@@ -15,7 +15,7 @@ from mesh.cli.following import Follower
 from mesh.cli.place import Place, directory_option, joining_settings, json_option
 from mesh.cli.signals import stop_signals
 from mesh.consumer import ConsumerConfig, EventConsumer
-from mesh.events import declarations, is_durable
+from mesh.events import EventType, declarations, is_durable
 from mesh.factory import make_broker
 from mesh.handlers import EventHandlerRegistry
 from mesh.ledger_views import read_ledgers
@@ -39,15 +39,16 @@ def tail(types: tuple[str, ...], count: int | None, json_form: bool, directory: 
     """
     Listen to events as they happen; all known types, or those given.
 
-    Known are the built-in types and those that the agents of this mesh hear or have said. Nothing
-    is shown that was said before this command began; durable events come from then on as the
-    journal keeps them. A slow reader of this command slows nobody: it misses live events, and says
-    how many.
+    Known are the built-in types and those that the agents of this mesh hear or have said; of these,
+    agent.heartbeat is shown only when it is named. Nothing is shown that was said before this
+    command began; durable events come from then on as the journal keeps them. A slow reader of this
+    command slows nobody: it misses live events, and says how many. Ctrl-C ends it, with exit code 0.
 
     \b
     Example:
       mesh tail order.executed portfolio.updated
       mesh tail market.data.received --json -n 3
+      mesh tail agent.heartbeat
     """  # noqa: D301
     topics = [check_topic(name) for name in types]
     place = Place.find(directory)
@@ -127,6 +128,8 @@ def _known(rundir: RunDir) -> list[str]:
         topics.update(card.hears)
     for view in read_ledgers(rundir.ledgers).values():
         topics.update(view.out)
+    # One a second from each agent would hide the rest
+    topics.discard(EventType.AGENT_HEARTBEAT)
     return sorted(topic for topic in topics if not topic.startswith(PRIVATE_PREFIX))
 
 

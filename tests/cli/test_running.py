@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -81,6 +82,40 @@ def test_tail_ends_after_the_count(mesh: Path) -> None:
     assert "listening to 1 type in" in heard.err
     events: list[dict[str, Any]] = [json.loads(line) for line in heard.out.splitlines()]
     assert [event["type"] for event in events] == ["market.data.received"] * 3
+
+
+async def test_tail_leaves_heartbeats_out_and_ends_well_on_ctrl_c(mesh: Path) -> None:
+    heartbeats = run_mesh("tail", "agent.heartbeat", "--json", "-n", "1", cwd=mesh)
+    async with running(MESH, "tail", "--json", cwd=mesh) as process:
+        assert process.stdout is not None
+        seen = [json.loads(await process.stdout.readline())["type"]]
+        ends = time.monotonic() + 2.5  # every agent beats twice
+        while time.monotonic() < ends:
+            seen.append(json.loads(await process.stdout.readline())["type"])
+        process.send_signal(signal.SIGINT)
+        await process.communicate()
+
+    assert json.loads(heartbeats.out)["type"] == "agent.heartbeat"
+    assert "market.data.received" in seen
+    assert "agent.heartbeat" not in seen
+    assert process.returncode == 0
+
+
+async def test_following_logs_ends_well_on_ctrl_c(
+    mesh: Path, running_mesh: tuple[Path, Path]
+) -> None:
+    printed = running_mesh[1] / "log" / "printer.out"
+    async with running(MESH, "logs", "-f", cwd=mesh) as process:
+        assert process.stdout is not None
+        await process.stdout.readline()
+        printed.write_text("it follows\n")
+        async for line in process.stdout:
+            if line == b"printer: it follows\n":
+                break
+        process.send_signal(signal.SIGINT)
+        await process.communicate()
+
+    assert process.returncode == 0
 
 
 def test_publish_says_who_hears(mesh: Path) -> None:
