@@ -15,6 +15,9 @@ from mesh.cli import say
 from mesh.cli.place import CONF, Place
 from mesh.cli.publish import PAYLOADS, load_schemas
 from mesh.cli.templates import (
+    GITIGNORE,
+    PACKAGE,
+    PYTEST,
     agent_script,
     agent_section,
     agent_test,
@@ -38,6 +41,15 @@ RESERVED = (
     "payloads",
     "test",
 )
+#: Where pytest reads its settings; of several it takes one.
+_PYTEST_FILES = (
+    "pytest.ini",
+    ".pytest.ini",
+    "pytest.toml",
+    "pyproject.toml",
+    "tox.ini",
+    "setup.cfg",
+)
 
 
 @click.command()
@@ -46,8 +58,10 @@ def init(folder: Path) -> None:
     """
     Begin a project: a supervisord.conf to which `mesh new` adds agents.
 
-    Nothing that is there is touched. The file names the Python that runs this command: that of the
-    project's .venv, where it has one.
+    Beside it, where they are missing: agents/__init__.py, so that agents can import each other's
+    types, a .gitignore, and pytest's settings in pyproject.toml. Nothing that is there is touched.
+    supervisord.conf names the Python that runs this command: that of the project's .venv, where it
+    has one.
 
     \b
     Example:
@@ -62,6 +76,12 @@ def init(folder: Path) -> None:
             file.write(configuration(_python_for(folder.resolve())))
     except FileExistsError:
         raise click.UsageError(f"{conf} exists already; it is left as it is") from None
+    _write_missing(folder / "agents" / "__init__.py", PACKAGE)
+    _write_missing(folder / ".gitignore", GITIGNORE)
+    if any((folder / name).exists() for name in _PYTEST_FILES):
+        say.note(f"pytest's settings are left as they are; they need:\n{PYTEST}")
+    else:
+        _write_missing(folder / "pyproject.toml", PYTEST)
     say.line(f"wrote {conf}; `mesh new NAME` adds an agent, `mesh up` starts them")
 
 
@@ -93,7 +113,7 @@ def new(name: str, hears: str, says: str | None) -> None:
     conf = project / CONF
     package = project / "agents" / "__init__.py"
     # Without it another package of this name, wherever it is installed, would be taken for it
-    begin = {} if package.exists() else {package: '"""The agents of this project, one a file."""\n'}
+    begin = {} if package.exists() else {package: PACKAGE}
     if script.exists():
         _write({**begin, conf: conf.read_text() + _section(project, name)})
         say.line(f"{script.relative_to(project)} is there already and is left as it is")
@@ -161,6 +181,12 @@ def _problem_of(name: str, project: Path) -> str | None:
     if script.exists():
         return None if runs_an_agent(script) else f"{script} exists already, and runs no agent"
     return f"{test} exists already; it is left as it is" if test.exists() else None
+
+
+def _write_missing(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError), path.open("x") as file:
+        file.write(text)
 
 
 def _write(files: dict[Path, str]) -> None:

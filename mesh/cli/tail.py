@@ -41,8 +41,9 @@ def tail(types: tuple[str, ...], count: int | None, json_form: bool, directory: 
 
     Known are the built-in types and those that the agents of this mesh hear or have said; of these,
     agent.heartbeat is shown only when it is named. Nothing is shown that was said before this
-    command began; durable events come from then on as the journal keeps them. A slow reader of this
-    command slows nobody: it misses live events, and says how many. Ctrl-C ends it, with exit code 0.
+    command began; durable events come from then on as the journal keeps them. A slow reader of
+    this command slows nobody: it misses live events, and says how many. Ctrl-C ends it, with exit
+    code 0.
 
     \b
     Example:

@@ -10,6 +10,16 @@ from typing import Any
 
 from mesh.events import EventType
 
+#: What makes agents/ a package of the project's own.
+PACKAGE = '"""The agents of this project, one a file."""\n'
+GITIGNORE = ".mesh/\n.venv/\n__pycache__/\n"
+#: `pytest` alone, without `python -m`, does not look for packages in the project.
+PYTEST = """\
+[tool.pytest.ini_options]
+pythonpath = ["."]
+asyncio_default_fixture_loop_scope = "function"
+"""
+
 #: A supervisord.conf that has no agent yet.
 _CONFIGURATION = """\
 ; LEGION mesh: every agent a process, kept by supervisord.

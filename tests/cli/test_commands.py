@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
+import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner, Result
 
-from mesh.cli.logbook import Followed
 from mesh.cli.main import COMMANDS, cli
 from mesh.cli.say import clean, micros, table
 from mesh.cli.templates import agent_script, sample_of
@@ -19,7 +17,6 @@ from tests.plumbing.processes import MESH, ROOT, run_mesh, run_python
 from tests.plumbing.projects import copy_example
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -372,6 +369,30 @@ def test_a_project_begins_with_the_programs_of_our_own(tmp_path: Path) -> None:
     assert "left as it is" in again.output
 
 
+def test_a_project_begins_with_what_git_and_pytest_need(tmp_path: Path) -> None:
+    call("init", str(tmp_path))
+
+    written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
+    assert written == [".gitignore", "agents/__init__.py", "pyproject.toml", "supervisord.conf"]
+    assert ".mesh/" in (tmp_path / ".gitignore").read_text().splitlines()
+    settings = tomllib.loads((tmp_path / "pyproject.toml").read_text())["tool"]["pytest"]
+    assert settings["ini_options"]["pythonpath"] == ["."]
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "pytest.ini"])
+def test_a_project_keeps_the_files_it_has(tmp_path: Path, name: str) -> None:
+    kept = [tmp_path / each for each in (".gitignore", name)]
+    for path in kept:
+        path.write_text("# mine\n")
+
+    told = call("init", str(tmp_path))
+
+    assert told.exit_code == 0
+    assert [path.read_text() for path in kept] == ["# mine\n", "# mine\n"]
+    assert 'pythonpath = ["."]' in told.stderr
+    assert name == "pyproject.toml" or not (tmp_path / "pyproject.toml").exists()
+
+
 # -- text ------------------------------------------------------------------------------------------
 
 
@@ -407,103 +428,6 @@ def test_a_narrow_terminal_cuts_nothing_away(
 
     shown = capsys.readouterr().out
     assert "".join(shown.split()).endswith("0123456789" * 6)
-
-
-def test_logs_merge_by_time(rundir: Path) -> None:
-    folder = rundir / "log"
-    folder.mkdir()
-    for name, second in (("one", "01"), ("two", "00")):
-        text = f"2026-01-01T00:00:{second}.000Z INFO agent={name} x: hi\n    more of {name}\n"
-        (folder / f"{name}.log").write_text(text)
-
-    shown = call("logs").output.splitlines()
-
-    assert [line.split("agent=")[-1][:3] for line in shown[::2]] == ["two", "one"]
-    assert shown[1] == "two:     more of two"
-    assert call("logs", "nobody").exit_code == 2
-
-
-def test_a_printed_line_is_counted_and_named_by_itself(rundir: Path) -> None:
-    folder = rundir / "log"
-    folder.mkdir()
-    (folder / "one.out").write_text("a\nb\n  c\n")
-    os.utime(folder / "one.out", (1767225602, 1767225602))
-    (folder / "one.out.1").write_text("older\n")
-    os.utime(folder / "one.out.1", (1767225600, 1767225600))
-    (folder / "two.log").write_text("2026-01-01T00:00:01.000Z INFO agent=two x: hi\n")
-
-    # As late as the file they stand in
-    record = "2026-01-01T00:00:01.000Z INFO agent=two x: hi"
-    assert call("logs").output.splitlines() == [
-        "one: older", record, "one: a", "one: b", "one:   c"
-    ]  # fmt: skip
-    assert call("logs", "-n", "2").output.splitlines() == ["one: b", "one:   c"]
-
-
-def test_printed_lines_keep_their_place_among_those_with_a_time(rundir: Path) -> None:
-    folder = rundir / "log"
-    folder.mkdir()
-    record = "2026-01-01T00:00:01.000Z ERROR it broke"
-    (folder / "one.out").write_text(f"first\n{record}\n  File x\nlast\n")
-    (folder / "two.log").write_text("2026-01-01T00:00:02.000Z INFO agent=two x: hi\n")
-
-    assert call("logs", "-n", "3").output.splitlines() == [
-        f"one: {record}",
-        "one:   File x",
-        "one: last",
-        "2026-01-01T00:00:02.000Z INFO agent=two x: hi",
-    ]
-    assert call("logs", "one").output.splitlines()[0] == "one: first"
-
-
-def test_a_printed_line_that_a_rotation_cut_is_whole_again(tmp_path: Path) -> None:
-    (tmp_path / "a.out.1").write_text("one\ntw")
-    (tmp_path / "a.out").write_text("o\nthree\n")
-
-    followed = Followed(tmp_path / "a.out")
-
-    assert [entry.text for entry in followed.history()] == ["one", "two", "three"]
-    followed.close()
-
-
-@pytest.fixture
-def five_hours_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TZ", "EST5")  # in a form that needs no files
-    time.tzset()
-    yield
-    monkeypatch.undo()
-    time.tzset()
-
-
-@pytest.mark.usefixtures("five_hours_behind")
-def test_logs_show_one_clock_wherever_supervisord_lives(own_mesh_dir: Path) -> None:
-    folder = own_mesh_dir / "log"
-    folder.mkdir(parents=True)
-    (folder / "supervisord.log").write_text("2026-01-01 07:00:02,500 INFO spawned: 'a'\n")
-    (folder / "a.log").write_text("2026-01-01T12:00:01.000Z INFO agent=a x: 2026-01-01 1:2:3\n")
-
-    assert call("logs").output.splitlines() == [
-        "2026-01-01T12:00:01.000Z INFO agent=a x: 2026-01-01 1:2:3",
-        "supervisord: 2026-01-01T12:00:02.500Z INFO spawned: 'a'",
-    ]
-
-
-def test_following_goes_on_over_a_rotation(tmp_path: Path) -> None:
-    path = tmp_path / "a.log"
-    path.write_text("2026-01-01T00:00:00.000Z one\n")
-    followed = Followed(path)
-    assert [entry.text[25:] for entry in followed.history()] == ["one"]
-
-    with path.open("a") as file:
-        file.write("2026-01-01T00:00:01.000Z two\n2026-01-01T00:00:02.000Z ha")
-        file.flush()
-        assert [entry.text[25:] for entry in followed.new()] == ["two"]
-        file.write("lf\n")
-    os.replace(path, tmp_path / "a.log.1")
-    path.write_text("2026-01-01T00:00:03.000Z three\n")
-
-    assert [entry.text[25:] for entry in followed.new()] == ["half", "three"]
-    followed.close()
 
 
 def test_a_closed_stdout_is_no_error() -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,7 +25,6 @@ from tests.plumbing.projects import copy_example, foreign_variables, fresh_mesh_
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
@@ -162,17 +162,32 @@ def test_a_run_is_refused_while_a_mesh_runs(mesh: Path) -> None:
 
 
 def test_a_project_from_nothing_runs(tmp_path: Path) -> None:
+    """Its `agents` is its own, although the mesh's example has a package of that name, too."""
     shop = tmp_path / "shop"
     run_mesh("init", str(shop), cwd=tmp_path)
+    (shop / "agents" / "payloads.py").write_text(
+        "import msgspec\nfrom mesh import event_type\n\n\n"
+        "class Customer(msgspec.Struct):\n    name: str\n\n\n"
+        'CAME = event_type("customer.came", schema=Customer)\n'
+    )
     run_mesh("new", "till", "--hears", "customer.came", cwd=shop)
+    script = shop / "agents" / "till.py"
+    shared = "from agents.payloads import CAME"
+    script.write_text(script.read_text().replace("import agents.payloads", shared))
     tested = run_program(
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=shop
+        Path(sys.executable).with_name("pytest"), "-q", "-W", "error", "-p", "no:cacheprovider",
+        cwd=shop,
+    )  # fmt: skip
+    alone = run_program(
+        sys.executable, "-c", "import agents.till; print(agents.till.CAME)", cwd=shop
     )
     started = run_mesh("up", "-d", cwd=shop)
-    said = run_mesh("publish", "customer.came", '{"value": 1}', cwd=shop)
+    said = run_mesh("publish", "customer.came", '{"name": "Ada"}', cwd=shop)
     stopped = run_mesh("down", cwd=shop)
 
     assert tested.code == 0, tested
+    assert "warning" not in tested.out
+    assert alone.out == "customer.came\n", alone
     assert started.code == 0, started
     assert "till" in said.out + said.err
     assert stopped.code == 0, stopped
