@@ -21,6 +21,7 @@ from mesh.cli.templates import (
     agent_script,
     agent_section,
     agent_test,
+    class_name,
     configuration,
     sample_of,
 )
@@ -179,8 +180,17 @@ def _problem_of(name: str, project: Path) -> str | None:
         return f"[program:{name}] is in {project / CONF} already"
     script, test = project / "agents" / f"{name}.py", project / "tests" / f"test_{name}.py"
     if script.exists():
-        return None if runs_an_agent(script) else f"{script} exists already, and runs no agent"
+        return None if runs_an_agent(script) else _how_it_would_run(script)
     return f"{test} exists already; it is left as it is" if test.exists() else None
+
+
+def _how_it_would_run(script: Path) -> str:
+    found = re.search(r"^class (\w+)\(", script.read_text(errors="replace"), re.MULTILINE)
+    kind = class_name(script.stem) if found is None else found[1]
+    return (
+        f"{script} exists already, and runs no agent; end it with\n"
+        f'if __name__ == "__main__":\n    run({kind})'
+    )
 
 
 def _write_missing(path: Path, text: str) -> None:

@@ -233,6 +233,17 @@ def test_new_leaves_files_that_exist(project: Path) -> None:
     assert "[program:mine]" not in (project / "supervisord.conf").read_text()
 
 
+@pytest.mark.parametrize(
+    ("text", "kind"), [("x = 1\n", "MyOwn"), ("class Till(Agent):\n    ...\n", "Till")]
+)
+def test_new_says_what_a_script_lacks(project: Path, text: str, kind: str) -> None:
+    (project / "agents" / "my_own.py").write_text(text)
+
+    assert (
+        f'end it with\nif __name__ == "__main__":\n    run({kind})' in call("new", "my_own").output
+    )
+
+
 def test_new_gives_a_script_that_was_written_by_hand_its_place(project: Path) -> None:
     script = project / "agents" / "mine.py"
     written = (
