@@ -231,7 +231,8 @@ async def _journal(place: Place) -> list[Row]:
     try:
         wanted = await check_journal(place.project, rundir, config)
     except ConfigurationError as error:
-        return [Row("journal", "fail", problem, "see there") for problem in error.problems]
+        parts = [problem.partition("; ") for problem in error.problems]
+        return [Row("journal", "fail", what, remedy or "see there") for what, _, remedy in parts]
     except MeshError as error:
         return [Row("journal", "fail", str(error), "`mesh up` starts, and waits for it")]
     return [Row("journal", "ok", f"{config.broker_type}: keeps durable events")] if wanted else []
