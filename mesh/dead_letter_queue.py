@@ -159,6 +159,12 @@ class DeadLetterQueue:
             raise DeadLetterError(f"there is no dead letter {letter_id!r}")
         return found[0]
 
+    async def of_event(self, event_id: str) -> list[DeadLetter]:
+        """Give the letters of one event, the newest first: one a handler that failed with it."""
+        counts = await self._journal.count_dead(ALL_DEAD)
+        ids = frozenset(f"{event_id}/{agent}/{handler}" for agent, handler, _, _ in counts)
+        return await self._journal.dead(DeadQuery(ids=ids), len(ids)) if ids else []
+
     async def replay(
         self,
         query: DeadQuery,

@@ -122,7 +122,7 @@ def ls(letters: bool, limit: int, json_form: bool, directory: str | None, **chos
         views.show_groups(groups, limit, total)
 
 
-@dlq.command(short_help="Show one letter.")
+@dlq.command(short_help="Show one letter, or those of one event.")
 @click.argument("letter_id", metavar="ID")
 @json_option
 @directory_option
@@ -130,25 +130,31 @@ def show(letter_id: str, json_form: bool, directory: str | None) -> None:
     """
     Show one letter: the event, the last error, and what happened before.
 
-    Exit code 1 when there is no such letter.
+    With the id of an event, as the log has it: all letters of that event, one a handler. Exit code
+    1 when there is none.
 
     \b
     Example:
       mesh dlq show 5c1f09a2b7d3-17/risk/on_order
+      mesh dlq show 5c1f09a2b7d3-17
       mesh dlq show 5c1f09a2b7d3-17/risk/on_order --json | jq .event.data
     """  # noqa: D301
 
-    async def read() -> DeadLetter | None:
+    async def read() -> list[DeadLetter]:
         async with opened_queue(Place.find(directory).rundir) as queue:
-            return None if queue is None else await queue.show(letter_id)
+            if queue is None:
+                return []
+            return await queue.of_event(letter_id) or [await queue.show(letter_id)]
 
-    letter = asyncio.run(read())
-    if letter is None:
+    letters = asyncio.run(read())
+    if not letters:
         _end_with_nothing(json_form=False)
     elif json_form:
-        say.as_json(plain(letter))
+        found = [plain(each) for each in letters]
+        say.as_json(found if len(found) > 1 else found[0])
     else:
-        views.show_letter(letter)
+        for letter in letters:
+            views.show_letter(letter)
 
 
 @dlq.command(short_help="Send letters back to the one handler that failed.")

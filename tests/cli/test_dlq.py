@@ -151,6 +151,26 @@ def test_show_tells_all_of_a_letter(rundir: Path) -> None:
     assert call("show", "b").exit_code == 1
 
 
+def test_show_finds_the_letters_of_an_event(rundir: Path) -> None:
+    """Its id is what the log line gives."""
+    bury(
+        rundir,
+        failed("e-1/risk/check", at_s=1.0),
+        failed("e-1/audit/", agent="audit", handler=None, reason="expired", at_s=2.0),
+        failed("e-2/risk/check"),
+        failed("e-10/risk/check"),
+    )
+
+    both, one = call("show", "e-1"), call("show", "e-2")
+
+    ids = [line.split()[1] for line in both.stdout.splitlines() if line.startswith("letter")]
+    assert ids == ["e-1/audit/", "e-1/risk/check"]
+    assert [each["id"] for each in told("show", "e-1")] == ids
+    assert "letter   e-2/risk/check" in one.stdout
+    assert told("show", "e-2")["id"] == "e-2/risk/check"
+    assert call("show", "e").exit_code == 1
+
+
 @pytest.mark.parametrize("rate", ["nan", "inf", "-inf", "-1", "many"])
 def test_a_replay_wants_a_rate_that_is_a_number(rundir: Path, rate: str) -> None:
     bury(rundir, failed("a"))
