@@ -15,7 +15,8 @@ import msgspec
 
 from mesh.errors import FrameError
 from mesh.events import Event, OwnEvent, declaration_of, payload_of
-from mesh.payloads import MAX_EVENT_BYTES, MAX_ITEMS, SCALARS, walk
+from mesh.payloads import MAX_EVENT_BYTES, MAX_ITEMS, walk
+from mesh.schemas import SCALARS
 from mesh.values import State
 
 _json = msgspec.json.Encoder()

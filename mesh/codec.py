@@ -41,10 +41,10 @@ from mesh.payloads import (
     MAX_EVENT_BYTES,
     MAX_ITEMS,
     cannot_travel,
-    is_closed,
     refuse_infinite,
     too_large,
 )
+from mesh.schemas import is_closed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import msgspec
 
 from mesh.errors import TopicError
+from mesh.schemas import Schema, name_of
 from mesh.topics import PRIVATE_PREFIX, check_topic
 from mesh.values import Value
 
@@ -275,7 +276,7 @@ class Declaration(Value, frozen=True, kw_only=True):
     member: str
     durable: bool = False
     #: The class payloads must fit; None: any JSON-like object.
-    schema: type[Any] | None = None
+    schema: Schema | None = None
     doc: str = ""
 
 
@@ -291,7 +292,7 @@ _Name = TypeVar("_Name", bound=str)
 
 
 def event_type(
-    name: _Name, *, durable: bool = False, schema: type[Any] | None = None, doc: str = ""
+    name: _Name, *, durable: bool = False, schema: Schema | None = None, doc: str = ""
 ) -> _Name:
     """
     Declare an event type of your own; declare it in a module that publisher and consumer import.
@@ -299,7 +300,8 @@ def event_type(
     Args:
         name: A string, or a member of a `StrEnum` of yours; its value is the topic.
         durable: True for what must not be lost (see docs/architecture.md).
-        schema: A msgspec Struct, dataclass, TypedDict or pydantic model that payloads must fit.
+        schema: A msgspec Struct, dataclass, TypedDict or pydantic model that payloads must fit, or
+            a union of tagged Structs.
         doc: One sentence, shown by `mesh agents`.
 
     Returns:
@@ -325,7 +327,7 @@ def event_type(
     return name
 
 
-def declare_schema(name: str, schema: type[Any]) -> None:
+def declare_schema(name: str, schema: Schema) -> None:
     """
     Give the payloads of a declared or built-in type a schema.
 
@@ -341,8 +343,8 @@ def declare_schema(name: str, schema: type[Any]) -> None:
     known = declaration_of(topic)
     if known.schema is not None and _same_class(known.schema, schema) is False:
         raise ValueError(
-            f"payloads of {topic!r} are declared as {known.schema.__qualname__} already,"
-            f" not {schema.__qualname__}"
+            f"payloads of {topic!r} are declared as {name_of(known.schema)} already,"
+            f" not {name_of(schema)}"
         )
     _declarations[topic] = msgspec.structs.replace(known, schema=schema)
 
@@ -421,9 +423,9 @@ def set_declarations(declared: list[Declaration]) -> None:
     _declarations.update({each.topic: each for each in declared})
 
 
-def _same_class(one: type[Any], other: type[Any]) -> bool:
+def _same_class(one: Schema, other: Schema) -> bool:
     # A script run by path and imported by name holds the same class twice
-    return one is other or one.__qualname__ == other.__qualname__
+    return one is other or name_of(one) == name_of(other)
 
 
 def _differs(known: Declaration, made: Declaration) -> bool:
@@ -435,5 +437,5 @@ def _differs(known: Declaration, made: Declaration) -> bool:
 
 
 def _words(declaration: Declaration) -> str:
-    schema = declaration.schema.__qualname__ if declaration.schema else "any payload"
+    schema = name_of(declaration.schema) if declaration.schema else "any payload"
     return f"{'durable' if declaration.durable else 'live'} with {schema}"

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import is_dataclass
 from datetime import datetime
-from enum import Enum
 from itertools import chain
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from mesh.errors import EventTooLargeError, FrameError, PayloadError
 from mesh.events import declaration_of
+from mesh.schemas import SCALARS, Schema, name_of, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,13 +31,12 @@ MAX_TEXT_BYTES = 512
 MAX_DEPTH = 32
 MAX_ITEMS = 10_000
 
-#: What holds nothing else.
-SCALARS = frozenset({NoneType, bool, int, float, str, bytes, datetime})
 _TEXT_ONLY = frozenset({str})
 #: An array whose length follows in four bytes.
 ARRAY32 = struct.Struct(">BI")
 
 _packer = msgspec.msgpack.Encoder()
+_unpack: Callable[[Any], dict[str, Any]] = msgspec.msgpack.Decoder(dict[str, Any]).decode
 #: What msgspec and pydantic raise for data that cannot travel or does not fit.
 CANNOT = (msgspec.ValidationError, TypeError, ValueError, OverflowError, RecursionError)
 
@@ -67,7 +64,8 @@ def payload_encoder(topic: str) -> Callable[[Any], Any]:
     pack, raw = _packer.encode, msgspec.Raw
 
     def encode(data: Any) -> msgspec.Raw:
-        if not (type(data) is dict and flat(map(type, data.values())) and text(map(type, data))):
+        is_flat = type(data) is dict and flat(map(type, data.values())) and text(map(type, data))
+        if not is_flat:
             if type(data) is raw:
                 return data
             data = _plain(topic, data)
@@ -75,16 +73,17 @@ def payload_encoder(topic: str) -> Callable[[Any], Any]:
             packed = pack(data)
         except CANNOT as error:
             raise cannot_travel(topic, error) from error
-        if len(packed) > 2 * MAX_ITEMS:
-            _checked(topic, data)
-            if len(packed) > _MAX_PAYLOAD_BYTES:
-                raise too_large(topic, len(packed))
+        if not is_flat or len(packed) > 2 * MAX_ITEMS:
+            _check_limits(topic, packed)
         return raw(packed)
 
     return encode
 
 
-def _schema_encoder(topic: str, schema: type[Any]) -> Callable[[Any], msgspec.Raw]:
+def _schema_encoder(topic: str, schema: Schema) -> Callable[[Any], msgspec.Raw]:
+    types, proven_bytes = _proof_of(schema)
+    proofs = [_make_decoder(each) for each in types]
+    prove = proofs[0] if len(proofs) == 1 else _all_of(proofs)
     decode = _make_decoder(schema)
     pack, raw = _packer.encode, msgspec.Raw
 
@@ -93,14 +92,38 @@ def _schema_encoder(topic: str, schema: type[Any]) -> Callable[[Any], msgspec.Ra
         # for every kind of schema, at half the cost of a conversion followed by an encoding
         try:
             packed = pack(data)
-            decode(packed)
-        except CANNOT as error:
-            packed = _validated_model(topic, schema, data, error)
-        if len(packed) > _MAX_PAYLOAD_BYTES:
-            raise too_large(topic, len(packed))
+            prove(packed)
+        except CANNOT:
+            packed = _fitting(topic, schema, decode, data)
+            _check_limits(topic, packed)
+            return raw(packed)
+        if len(packed) > proven_bytes:
+            _check_limits(topic, packed)
         return raw(packed)
 
     return encode
+
+
+def _proof_of(schema: Any) -> tuple[tuple[Any, ...], int]:
+    """
+    Give what a payload has to be decoded into, and up to how many bytes that proves the limits.
+
+    What a schema does not name travels all the same, and can be anything: hence its strict twin.
+    """
+    shape = None if hasattr(schema, "model_validate") else shape_of(schema)
+    if shape is None or not shape.is_object or shape.depth > MAX_DEPTH:
+        return (schema,), 0
+    # An item takes a byte at least
+    proven_bytes = _MAX_PAYLOAD_BYTES if shape.items <= MAX_ITEMS else MAX_ITEMS
+    return (shape.strict, schema) if shape.has_code else (shape.strict,), proven_bytes
+
+
+def _all_of(proofs: Sequence[Callable[[bytes], Any]]) -> Callable[[bytes], None]:
+    def prove(packed: bytes) -> None:
+        for each in proofs:
+            each(packed)
+
+    return prove
 
 
 def payloads_encoder(topic: str) -> Callable[[Sequence[Any]], list[Any]]:
@@ -110,19 +133,20 @@ def payloads_encoder(topic: str) -> Callable[[Sequence[Any]], list[Any]]:
     It raises the same errors, for the first payload that does not fit.
     """
     encode, schema = payload_encoder(topic), declaration_of(topic).schema
-    if schema is None or hasattr(schema, "model_validate"):
+    types, proven_bytes = ((), 0) if schema is None else _proof_of(schema)
+    if not proven_bytes:
         return lambda payloads: [encode(data) for data in payloads]
-    decode_all = msgspec.msgpack.Decoder(list[schema]).decode  # type: ignore[valid-type]
+    prove_all = _all_of([msgspec.msgpack.Decoder(list[each]).decode for each in types])  # type: ignore[valid-type]
     pack, raw = _packer.encode, msgspec.Raw
 
     def encode_all(payloads: Sequence[Any]) -> list[msgspec.Raw]:
         # Three calls into C for all of them, instead of three for each
         try:
             packed = list(map(pack, payloads))
-            decode_all(b"".join((ARRAY32.pack(0xDD, len(packed)), *packed)))
+            prove_all(b"".join((ARRAY32.pack(0xDD, len(packed)), *packed)))
         except CANNOT:
             return [encode(data) for data in payloads]
-        if len(max(packed, key=len, default=b"")) > _MAX_PAYLOAD_BYTES:
+        if len(max(packed, key=len, default=b"")) > proven_bytes:
             return [encode(data) for data in payloads]
         return list(map(raw, packed))
 
@@ -136,18 +160,20 @@ def payloads_packer(topic: str) -> Callable[[Sequence[Any]], msgspec.Raw | None]
     It gives None where that does not do: then `payloads_encoder` finds out what is the matter.
     """
     schema = declaration_of(topic).schema
-    if hasattr(schema, "model_validate"):
+    if schema is None:
+        return _pack_flat
+    types, proven_bytes = _proof_of(schema)
+    if not proven_bytes:
         return lambda payloads: None
-    decode_all = None if schema is None else msgspec.msgpack.Decoder(list[schema]).decode  # type: ignore[valid-type]
+    prove_all = _all_of([msgspec.msgpack.Decoder(list[each]).decode for each in types])  # type: ignore[valid-type]
     pack, raw = _packer.encode, msgspec.Raw
 
     def pack_all(payloads: Sequence[Any]) -> msgspec.Raw | None:
-        if decode_all is None and not _are_flat(payloads):
-            return None
         try:
             packed = pack(payloads)
-            if decode_all is not None:
-                decode_all(packed)
+            if len(packed) > proven_bytes:
+                return None
+            prove_all(packed)
         except CANNOT:
             return None
         return raw(packed)
@@ -155,13 +181,27 @@ def payloads_packer(topic: str) -> Callable[[Sequence[Any]], msgspec.Raw | None]
     return pack_all
 
 
+def _pack_flat(payloads: Sequence[Any]) -> msgspec.Raw | None:
+    if not _are_flat(payloads):
+        return None
+    try:
+        packed = _packer.encode(payloads)
+    except CANNOT:
+        return None
+    # As `payload_encoder` judges, for whatever of these bytes may belong to one
+    if len(packed) > 2 * MAX_ITEMS and max(map(len, payloads)) > MAX_ITEMS:
+        return None
+    return msgspec.Raw(packed)
+
+
 def _are_flat(payloads: Sequence[Any]) -> bool:
     """Say whether all are dicts that hold nothing else but scalars under texts."""
-    return (
-        {dict}.issuperset(map(type, payloads))
-        and SCALARS.issuperset(map(type, chain.from_iterable(map(dict.values, payloads))))
-        and _TEXT_ONLY.issuperset(map(type, chain.from_iterable(payloads)))
-    )
+    try:
+        return SCALARS.issuperset(
+            map(type, chain.from_iterable(map(dict.values, payloads)))
+        ) and _TEXT_ONLY.issuperset(map(type, chain.from_iterable(payloads)))
+    except TypeError:  # one is no dict
+        return False
 
 
 def refuse_infinite(topic: str, value: Any) -> None:
@@ -193,19 +233,24 @@ def too_large(topic: str, size: int, limit: int = _MAX_PAYLOAD_BYTES) -> EventTo
     )
 
 
-def _validated_model(topic: str, schema: type[Any], data: Any, error: Exception) -> bytes:
-    """Give pydantic models, which msgspec does not know, their turn; else say what is wrong."""
+def _fitting(topic: str, schema: Schema, decode: Callable[[bytes], Any], data: Any) -> bytes:
+    """Encode what fits a schema; pydantic models, which msgspec does not know, have their turn."""
+    try:
+        packed = _packer.encode(data)
+        decode(packed)
+    except CANNOT as first:
+        error: Exception = first
+    else:
+        return packed
     if hasattr(data, "model_dump"):
         try:
             packed = _packer.encode(data.model_dump(mode="json"))
-            _make_decoder(schema)(packed)
+            decode(packed)
         except CANNOT as second:
             error = second
         else:
             return packed
-    raise PayloadError(
-        f"payload of {topic!r} does not fit {schema.__qualname__}: {error}"
-    ) from error
+    raise PayloadError(f"payload of {topic!r} does not fit {name_of(schema)}: {error}") from error
 
 
 def _plain(topic: str, data: Any) -> dict[str, Any]:
@@ -214,36 +259,39 @@ def _plain(topic: str, data: Any) -> dict[str, Any]:
         data = data.model_dump()
     try:
         plain = data if isinstance(data, dict) else msgspec.to_builtins(data)
-    except TypeError as error:
+    except CANNOT as error:
         raise cannot_travel(topic, error) from error
     if not isinstance(plain, dict):
         raise PayloadError(
             f"payload of {topic!r} must be an object (dict, Struct, dataclass, pydantic model),"
             f" got {type(data).__name__}"
         )
-    return _checked(topic, plain)
+    return plain
 
 
-def _checked(topic: str, data: dict[str, Any]) -> dict[str, Any]:
+def _check_limits(topic: str, packed: bytes) -> None:
+    """Judge a payload as those who hear it do, by what is in the bytes that they get."""
+    if len(packed) > _MAX_PAYLOAD_BYTES:
+        raise too_large(topic, len(packed))
     try:
-        walk(data, 1, [0])
-    except FrameError as error:
+        data = _unpack(packed)
+        if not SCALARS.issuperset(map(type, data.values())) or len(data) > MAX_ITEMS:
+            walk(data, 1, [0])
+    except (FrameError, *CANNOT) as error:
         raise PayloadError(f"payload of {topic!r}: {error}") from None
-    return data
 
 
-def _make_decoder(schema: type[Any]) -> Callable[[bytes], Any]:
+def _make_decoder(schema: Schema) -> Callable[[bytes], Any]:
     if hasattr(schema, "model_validate"):
-        unpack = msgspec.msgpack.Decoder(dict[str, Any]).decode
 
         def decode_model(raw: bytes) -> Any:
-            return schema.model_validate(unpack(raw))
+            return schema.model_validate(_unpack(raw))
 
         return decode_model
     return msgspec.msgpack.Decoder(schema).decode
 
 
-def convert_payload(data: dict[str, Any], schema: type[Any]) -> Any:
+def convert_payload(data: dict[str, Any], schema: Schema) -> Any:
     """
     Decode a received payload into the class a handler asks for.
 
@@ -255,7 +303,7 @@ def convert_payload(data: dict[str, Any], schema: type[Any]) -> Any:
             return schema.model_validate(data)
         return msgspec.convert(data, schema, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
-        raise PayloadError(f"payload does not fit {schema.__qualname__}: {error}") from error
+        raise PayloadError(f"payload does not fit {name_of(schema)}: {error}") from error
 
 
 def check_text(name: str, value: Any) -> None:
@@ -297,39 +345,22 @@ def check_envelope(event: Event) -> None:
         raise PayloadError(f"hops must be a whole number from 0 on, got {event.hops!r:.80}")
 
 
-def is_closed(schema: Any, within: tuple[Any, ...] = ()) -> bool:
-    """Say whether a schema bounds depth and number of items by itself."""
-    if schema in SCALARS:
-        return True
-    if get_origin(schema) in (Union, UnionType):
-        return all(is_closed(each, within) for each in get_args(schema))
-    if schema in within or not isinstance(schema, type):
-        return False
-    if issubclass(schema, Enum):
-        return True
-    if not (issubclass(schema, msgspec.Struct) or is_dataclass(schema)):
-        return False
-    try:
-        hints = get_type_hints(schema)
-    except (NameError, TypeError):
-        return False
-    return all(is_closed(each, (*within, schema)) for each in hints.values())
-
-
 def walk(value: Any, depth: int, items: list[int]) -> None:
-    """Hold a payload against the limits on depth and number of items."""
+    """Hold a payload that was decoded against the limits on depth and number of items."""
     if depth > MAX_DEPTH:
         raise FrameError("too_deep", f"nested deeper than {MAX_DEPTH}")
     items[0] += len(value)
     if items[0] > MAX_ITEMS:
         raise FrameError("too_many_items", f"more than {MAX_ITEMS} items")
     if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise FrameError("invalid", f"key {key!r:.40} is {type(key).__name__}, not text")
+        if not _TEXT_ONLY.issuperset(map(type, value)):
+            key = next(each for each in value if type(each) is not str)
+            raise FrameError("invalid", f"key {key!r:.40} is {type(key).__name__}, not text")
         children = value.values()
     else:
         children = value
+    if SCALARS.issuperset(map(type, children)):
+        return
     for child in children:
         if isinstance(child, (dict, list, tuple)):
             walk(child, depth + 1, items)

@@ -39,7 +39,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
             {"batch", "beats", "card", "causality", "deadletters", "ledger", "process", "rosters"},
         ],
     ),
-    ("1 words", [{"events", "logs", "rundir"}, {"replicas", "topics"}]),
+    ("1 words", [{"events", "logs", "rundir"}, {"replicas", "schemas", "topics"}]),
     ("0 ground", [{"errors", "clock", "env", "outcomes", "params", "values"}]),
 ]
 
@@ -60,8 +60,8 @@ DOORS = {
     # The language of values here; still, who needs bytes from values asks the codec
     "msgspec": {
         "batch", "beats", "card", "codec", "columns", "context", "dead_letter_queue", "deadletters",
-        "events", "handlers", "journals.*", "payloads", "publisher", "replay", "rosters", "slots",
-        "supervision.*", "survey", "telemetry", "values",
+        "events", "handlers", "journals.*", "payloads", "publisher", "replay", "rosters", "schemas",
+        "slots", "supervision.*", "survey", "telemetry", "values",
     },
     "opentelemetry": {"telemetry"},
     "pytest": {"testing.*"},
