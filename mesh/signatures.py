@@ -117,7 +117,7 @@ def _schema(func: Callable[..., Any], annotated: Any) -> type[Any]:
             " module's top level, not in a function or under TYPE_CHECKING",
         )
     origin = typing.get_origin(annotated) or annotated
-    if not isinstance(origin, type):
+    if origin is not typing.Union and not isinstance(origin, type):
         raise _wrong(func, f"asks for {annotated!r}, which is not a class")
     if origin in (str, int, float, bool, bytes, list, tuple, set):
         raise _wrong(func, f"asks for {origin.__name__}; payloads are objects")

@@ -198,9 +198,19 @@ def class_name(name: str) -> str:
 
 
 def sample_of(schema: Any) -> dict[str, object]:
-    """Invent a payload with every field a class asks for."""
+    """Invent a payload with every field a class asks for, or the first of several classes."""
+    if typing.get_origin(schema) in (typing.Union, types.UnionType):
+        return sample_of(typing.get_args(schema)[0])
     hints = typing.get_type_hints(schema)
-    return {name: _value_of(hint) for name, hint in hints.items() if not name.startswith("_")}
+    return _tag_of(schema) | {
+        name: _value_of(hint) for name, hint in hints.items() if not name.startswith("_")
+    }
+
+
+def _tag_of(schema: Any) -> dict[str, object]:
+    """Give what tells a class of a union from the others."""
+    config = getattr(schema, "__struct_config__", None)
+    return {} if config is None or config.tag is None else {config.tag_field: config.tag}
 
 
 def _value_of(hint: Any) -> object:
