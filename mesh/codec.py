@@ -37,11 +37,12 @@ from mesh.errors import FrameError, PayloadError
 from mesh.events import Event, EventType, OwnEvent, declaration_of
 from mesh.payloads import (
     ARRAY32,
+    BEYOND_64_BITS,
     CANNOT,
     MAX_EVENT_BYTES,
     MAX_ITEMS,
     cannot_travel,
-    refuse_infinite,
+    refuse_numbers,
     too_large,
 )
 from mesh.schemas import is_closed
@@ -84,6 +85,7 @@ class _Sequenced(OwnEvent, frozen=True, omit_defaults=True, tag_field="specversi
 
 _parse_event = msgspec.json.Decoder(_Sequenced).decode
 _parse_batch = msgspec.json.Decoder(list[_Sequenced]).decode
+_parse_raws = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 class Batcher:
@@ -141,13 +143,17 @@ def encode_json(event: Event, *, epoch: int | None = None, sequence: int | None 
 
     Raises:
         PayloadError: Something in the payload cannot travel.
+        EventTooLargeError: The event is over the size limit, as JSON.
     """
     fields = {name: getattr(event, name) for name in Event.__struct_fields__}
-    refuse_infinite(event.type, fields["data"])
+    refuse_numbers(event.type, fields["data"])
     try:
-        return _json.encode(_Sequenced(**fields, sequence=sequence, epoch=epoch))
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        packed = _json.encode(_Sequenced(**fields, sequence=sequence, epoch=epoch))
+    except CANNOT as error:
         raise cannot_travel(event.type, error) from error
+    if len(packed) > MAX_EVENT_BYTES:
+        raise too_large(event.type, len(packed), MAX_EVENT_BYTES)
+    return packed
 
 
 def encode_single(event: Event) -> bytes:
@@ -346,23 +352,58 @@ def _decode_one_by_one(batch: Batch, body: memoryview) -> Batch:
 
 def _decode_json(topic: str, frame: bytes) -> Batch:
     try:
-        parsed = _parse_batch(frame) if frame[0] == 0x5B else [_parse_event(frame)]
+        parsed = _parse_json(frame)
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         raise FrameError(reason_of(error), str(error)) from None
-    if len(parsed) > MAX_ITEMS:
-        raise FrameError("too_many_items", f"{len(parsed)} events, the limit is {MAX_ITEMS}")
     batch = Batch(topic, [])
     member = declaration_of(topic).member
     for found in parsed:
         try:
+            if isinstance(found, Exception):
+                raise found
             check_event(topic, found, len(frame))
-        except FrameError as error:
+            fields = {name: getattr(found, name) for name in Event.__struct_fields__}
+            event = Event(**{**fields, "type": member})
+            _check_integers(event)
+        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             batch.reject(error, frame)
             continue
-        fields = {name: getattr(found, name) for name in Event.__struct_fields__}
-        batch.events.append(Event(**{**fields, "type": member}))
-    if parsed and parsed[0].sequence is not None and parsed[0].epoch is not None:
-        _check_numbers(parsed[0].epoch, parsed[0].sequence, len(parsed))
-        batch.publisher, batch.epoch = parsed[0].source_agent, parsed[0].epoch
-        batch.first, batch.count = parsed[0].sequence, len(parsed)
+        batch.events.append(event)
+    first = parsed[0] if parsed else None
+    if isinstance(first, _Sequenced) and first.sequence is not None and first.epoch is not None:
+        _check_numbers(first.epoch, first.sequence, len(parsed))
+        batch.publisher, batch.epoch = first.source_agent, first.epoch
+        batch.first, batch.count = first.sequence, len(parsed)
     return batch
+
+
+def _parse_json(frame: bytes) -> Sequence[_Sequenced | Exception]:
+    """Give the events of a frame, and what is the matter with those that are none."""
+    if frame[0] != 0x5B:
+        if len(frame) > MAX_EVENT_BYTES:
+            raise FrameError("too_large", f"{len(frame)} bytes, limit {MAX_EVENT_BYTES}")
+        return [_parse_event(frame)]
+    with contextlib.suppress(msgspec.ValidationError, UnicodeDecodeError, RecursionError):
+        return _at_most(_parse_batch(frame))
+    return [_parse_or_error(raw) for raw in _at_most(_parse_raws(frame))]
+
+
+def _at_most(parsed: list[Any]) -> list[Any]:
+    if len(parsed) > MAX_ITEMS:
+        raise FrameError("too_many_items", f"{len(parsed)} events, the limit is {MAX_ITEMS}")
+    return parsed
+
+
+def _parse_or_error(raw: msgspec.Raw) -> _Sequenced | Exception:
+    try:
+        return _parse_event(raw)
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        return error
+
+
+def _check_integers(event: Event) -> None:
+    """Refuse what only JSON can say: it could be neither published on nor kept."""
+    try:
+        _packer.encode(event)
+    except OverflowError:
+        raise FrameError("invalid", BEYOND_64_BITS) from None

@@ -37,6 +37,8 @@ ARRAY32 = struct.Struct(">BI")
 
 _packer = msgspec.msgpack.Encoder()
 _unpack: Callable[[Any], dict[str, Any]] = msgspec.msgpack.Decoder(dict[str, Any]).decode
+#: JSON has such numbers, msgpack has not.
+BEYOND_64_BITS = "it holds a whole number below -2**63 or above 2**64 - 1"
 #: What msgspec and pydantic raise for data that cannot travel or does not fit.
 CANNOT = (msgspec.ValidationError, TypeError, ValueError, OverflowError, RecursionError)
 
@@ -204,20 +206,22 @@ def _are_flat(payloads: Sequence[Any]) -> bool:
         return False
 
 
-def refuse_infinite(topic: str, value: Any) -> None:
+def refuse_numbers(topic: str, value: Any) -> None:
     """
-    Refuse what JSON would turn into null without a word.
+    Refuse what JSON would turn into null without a word, or carry to where nobody can keep it.
 
     Raises:
-        PayloadError: There is a number that JSON has not.
+        PayloadError: There is a number that JSON has not, or one beyond 64 bits.
     """
     if isinstance(value, float) and not math.isfinite(value):
         raise PayloadError(
             f"payload of {topic!r} cannot travel as JSON: it holds {value}; use msgpack, or None"
         )
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise PayloadError(f"payload of {topic!r} cannot travel: {BEYOND_64_BITS}")
     if isinstance(value, (dict, list, tuple)):
         for each in value.values() if isinstance(value, dict) else value:
-            refuse_infinite(topic, each)
+            refuse_numbers(topic, each)
 
 
 def cannot_travel(topic: str, error: Exception) -> PayloadError:
@@ -341,7 +345,7 @@ def check_envelope(event: Event) -> None:
             continue
         if not isinstance(moment, datetime) or moment.tzinfo is None:
             raise PayloadError(f"{name} must be a datetime with a time zone, got {moment!r:.80}")
-    if type(event.hops) is not int or event.hops < 0:
+    if type(event.hops) is not int or not 0 <= event.hops < 2**63:
         raise PayloadError(f"hops must be a whole number from 0 on, got {event.hops!r:.80}")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from mesh import codec
 from mesh.causality import current_event
 from mesh.clock import SYSTEM_CLOCK
 from mesh.columns import Table
@@ -268,6 +269,10 @@ class EventPublisher:
             else (out, self._events(out, data, now))
             for out, data in groups
         ]
+        if self.config.wire_format == "json":
+            for out, made in ready:
+                for each in made:
+                    codec.encode_json(each, epoch=out.epoch, sequence=out.sequence + len(made))
         for out, made in ready:
             if out.durable and self._chain is None:
                 await self._outbox.keep(out, made)

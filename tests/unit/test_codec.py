@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mesh import codec, columns
 from mesh.errors import EventTooLargeError, FrameError, PayloadError
 from mesh.events import Event, EventType, event_type, payload_of
-from mesh.payloads import payload_encoder
+from mesh.payloads import MAX_EVENT_BYTES, payload_encoder
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 TOPIC = EventType.MARKET_DATA_RECEIVED
@@ -391,3 +391,97 @@ def test_what_json_has_not_is_refused_and_not_made_null(value: Any) -> None:
     with pytest.raises(PayloadError, match="cannot travel as JSON: it holds"):
         codec.encode_json(event)
     assert codec.decode_frame("t.x", codec.encode_single(event)).events
+
+
+def test_an_event_that_is_too_large_only_as_json_is_refused_as_json() -> None:
+    event = msgspec.structs.replace(EVENT, data={"text": "\x01" * 200_000})
+
+    codec.encode_single(event)
+    with pytest.raises(EventTooLargeError, match="the limit is 262144"):
+        codec.encode_json(event)
+
+
+def test_one_json_event_is_heard_up_to_the_size_that_a_publisher_lets_leave() -> None:
+    spare = MAX_EVENT_BYTES - len(codec.encode_json(EVENT)) - len(',"x":""')
+    largest = msgspec.structs.replace(EVENT, data={"p": 1.5, "x": "y" * spare})
+    frame = codec.encode_json(largest)
+
+    assert len(frame) == MAX_EVENT_BYTES
+    assert codec.decode_frame(TOPIC, frame).events == [largest]
+    with pytest.raises(FrameError, match="too_large"):
+        codec.decode_frame(TOPIC, frame[:-1] + b" }")
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**30])
+@pytest.mark.parametrize("data", [{"x": 0}, {"x": [{"deep": 0}]}])
+def test_no_publisher_says_a_whole_number_beyond_64_bits(number: int, data: dict[str, Any]) -> None:
+    told = msgspec.json.encode(data).replace(b"0", b"%d" % number)
+    event = Event("t.x", msgspec.json.decode(told), "mouth")
+
+    with pytest.raises(PayloadError, match="cannot travel"):
+        codec.encode_json(event)
+    with pytest.raises(PayloadError, match="cannot travel"):
+        codec.encode_single(event)
+
+
+@pytest.mark.parametrize("number", [2**64 - 1, -(2**63)])
+def test_whole_numbers_of_64_bits_come_as_they_were(number: int) -> None:
+    event = msgspec.structs.replace(EVENT, data={"x": number})
+
+    for frame in (codec.encode_json(event), codec.encode_single(event)):
+        assert codec.decode_frame(TOPIC, frame).events == [event]
+
+
+BAD_VALUES = [b"1" + b"0" * 19 + b"9", b"-1" + b"0" * 30, b'[{"deep":2' + b"0" * 19 + b"}]"]
+
+
+@pytest.mark.parametrize("value", BAD_VALUES)
+def test_a_whole_number_beyond_64_bits_is_refused_and_its_neighbours_are_heard(
+    value: bytes,
+) -> None:
+    """It could be neither published on nor kept."""
+    bad = GOLDEN_JSON.replace(b"1.5", value)
+
+    alone = codec.decode_frame(TOPIC, bad)
+    among = codec.decode_frame(TOPIC, b"[" + b",".join((GOLDEN_JSON, bad, GOLDEN_JSON)) + b"]")
+
+    assert (alone.events, among.events) == ([], [EVENT, EVENT])
+    for each in (alone, among):
+        assert each.rejected is not None
+        ((reason, words, _),) = each.rejected
+        assert reason == "invalid"
+        assert "whole number below -2**63 or above 2**64 - 1" in words
+    assert (among.first, among.count) == (8, 3), "the ledger counts it as come"
+
+
+def test_hops_beyond_64_bits_are_refused() -> None:
+    frame = GOLDEN_JSON[:-1] + b',"hops":1' + b"0" * 30 + b"}"
+
+    assert codec.decode_frame(TOPIC, frame).rejected
+
+
+@pytest.mark.parametrize("value", [b"1e999", b"1" + b"0" * 5000, b'"\xed\xa0\x80"'])
+def test_a_value_that_is_none_in_json_loses_only_its_event(value: bytes) -> None:
+    bad = GOLDEN_JSON.replace(b"1.5", value)
+
+    with pytest.raises(FrameError):
+        codec.decode_frame(TOPIC, bad)
+    among = codec.decode_frame(TOPIC, b"[" + b",".join((GOLDEN_JSON, bad, GOLDEN_JSON)) + b"]")
+
+    assert among.events == [EVENT, EVENT]
+    assert len(among.rejected or ()) == 1
+
+
+@pytest.mark.parametrize("value", [b'"\\ud800 is one half"', b'"\\udc00 is the other"', b"NaN"])
+def test_what_is_no_json_at_all_is_no_frame(value: bytes) -> None:
+    bad = GOLDEN_JSON.replace(b"1.5", value)
+
+    for frame in (bad, b"[" + GOLDEN_JSON + b"," + bad + b"]"):
+        with pytest.raises(FrameError) as caught:
+            codec.decode_frame(TOPIC, frame)
+        assert caught.value.reason == "undecodable"
+
+
+def test_a_json_batch_of_too_many_is_refused() -> None:
+    with pytest.raises(FrameError, match="too_many_items"):
+        codec.decode_frame(TOPIC, b"[" + b"1," * 11_000 + b"1]")

@@ -337,3 +337,16 @@ async def test_a_moment_that_never_comes_is_refused(fabric: Fabric, seconds: Any
     with pytest.raises(PayloadError, match="expires_in_s must be a number of seconds"):
         await publisher.publish("a.a", {"value": 0}, expires_in_s=seconds)
     await publisher.close()
+
+
+@pytest.mark.parametrize("bad", ["\x01" * 200_000, math.nan])
+async def test_a_batch_with_one_payload_that_json_cannot_carry_is_not_published_at_all(
+    fabric: Fabric, bad: object
+) -> None:
+    publisher = publisher_on(fabric, wire_format="json")
+
+    with pytest.raises(PayloadError):
+        await publisher.publish_batch([("a.a", {"value": 1}), ("b.b", {"value": bad})])
+
+    assert fabric.frames == []
+    await publisher.close()
