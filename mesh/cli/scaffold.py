@@ -27,6 +27,7 @@ from mesh.cli.templates import (
 )
 from mesh.errors import TopicError
 from mesh.events import declaration_of, declarations, is_durable
+from mesh.rundir import RunDir
 from mesh.supervision.conf import INFRASTRUCTURE, programs_of, runs_an_agent, script_of
 from mesh.topics import PRIVATE_PREFIX, check_topic
 
@@ -83,6 +84,8 @@ def init(folder: Path) -> None:
         say.note(f"pytest's settings are left as they are; they need:\n{PYTEST}")
     else:
         _write_missing(folder / "pyproject.toml", PYTEST)
+    # Plain `supervisord -c supervisord.conf` makes none
+    RunDir(folder / ".mesh").ensure()
     say.line(f"wrote {conf}; `mesh new NAME` adds an agent, `mesh up` starts them")
 
 

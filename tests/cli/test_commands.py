@@ -376,6 +376,7 @@ def test_a_project_begins_with_the_programs_of_our_own(tmp_path: Path) -> None:
     python = "%(here)s/.venv/bin/python"
     assert made.exit_code == 0
     assert ours.startswith(written.replace(sys.executable, python))
+    assert (tmp_path / "shop" / ".mesh" / "log").is_dir(), "supervisord alone makes no folder"
     assert again.exit_code == 2
     assert "left as it is" in again.output
 
