@@ -47,6 +47,10 @@ chmod=0700
 [rpcinterface:supervisor]
 supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 
+; Without it a full disk ends supervisord, and every agent with it.
+[rpcinterface:full_disk]
+supervisor.rpcinterface_factory=mesh.supervision.full_disk:make_rpcinterface
+
 [supervisorctl]
 serverurl=unix://%(here)s/.mesh/run/supervisor.sock
 

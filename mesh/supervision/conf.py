@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 REQUIRED = ("forwarder", "monitor")
 INFRASTRUCTURE = (*REQUIRED, REDIS_PROGRAM)
 _PROGRAM = "program:"
+#: Read by supervisord, which then lives on when the disk is full.
+_PLUG_IN = {
+    "rpcinterface:full_disk": {
+        "supervisor.rpcinterface_factory": "mesh.supervision.full_disk:make_rpcinterface"
+    }
+}
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 #: What a script ends with that is an agent.
 _RUNS = re.compile(r"__main__.*\brun\(", re.DOTALL)
@@ -114,6 +120,8 @@ def render(
         parser.remove_section(f"{_PROGRAM}forwarder")
     if with_redis:
         _add_redis(parser)
+    # A project's file may be older than this plug-in
+    parser.read_dict(_PLUG_IN)
     for section in parser.sections():
         for key, value in parser.items(section):
             percent = _PERCENT_TWICE if _is_expanded_twice(section, key) else _PERCENT

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 
+from mesh.cli.templates import configuration
 from mesh.errors import ConfigurationError
 from mesh.rundir import RunDir
 from mesh.supervision import conf
@@ -83,6 +85,21 @@ def test_odd_sections_keep_what_is_theirs(project: Path, home: RunDir) -> None:
     assert odd["stderr_logfile"] == "NONE"
     assert plain["environment"] == 'MESH_AGENT="plain@2",MESH_GROUP="plain"'
     assert plain["stdout_logfile"].endswith("%(program_name)s.out")
+
+
+def test_supervisord_is_kept_alive_on_a_full_disk_whatever_the_file_says(
+    tmp_path: Path, home: RunDir
+) -> None:
+    """A project's file may be older than the plug-in."""
+    files = [(ROOT / "supervisord.conf").read_text(), configuration("python")]
+    files += [re.sub(r"\[rpcinterface:full_disk\]\n.*\n", "", text) for text in files]
+    for number, text in enumerate(files):
+        assert ("full_disk" in text) == (number < 2)
+        (tmp_path / "supervisord.conf").write_text(text)
+
+        assert rendered(tmp_path, home, {})["rpcinterface:full_disk"] == {
+            "supervisor.rpcinterface_factory": "mesh.supervision.full_disk:make_rpcinterface"
+        }
 
 
 def test_only_agents_that_are_there_get_replicas(project: Path, home: RunDir) -> None:
