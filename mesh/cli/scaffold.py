@@ -25,7 +25,7 @@ from mesh.cli.templates import (
     configuration,
     sample_of,
 )
-from mesh.errors import TopicError
+from mesh.errors import ConfigurationError, TopicError
 from mesh.events import declaration_of, declarations, is_durable
 from mesh.rundir import RunDir
 from mesh.supervision.conf import INFRASTRUCTURE, programs_of, runs_an_agent, script_of
@@ -85,7 +85,10 @@ def init(folder: Path) -> None:
     else:
         _write_missing(folder / "pyproject.toml", PYTEST)
     # Plain `supervisord -c supervisord.conf` makes none
-    RunDir(folder / ".mesh").ensure()
+    try:
+        RunDir(folder / ".mesh").ensure()
+    except ConfigurationError as error:
+        say.note(str(error), "yellow")  # such as a path too long; MESH_DIR can name another
     say.line(f"wrote {conf}; `mesh new NAME` adds an agent, `mesh up` starts them")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import tomllib
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
@@ -15,9 +16,6 @@ from mesh.cli.say import clean, micros, table
 from mesh.cli.templates import agent_script, sample_of
 from tests.plumbing.processes import MESH, ROOT, run_mesh, run_python
 from tests.plumbing.projects import copy_example
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -376,16 +374,29 @@ def test_a_project_begins_with_the_programs_of_our_own(tmp_path: Path) -> None:
     python = "%(here)s/.venv/bin/python"
     assert made.exit_code == 0
     assert ours.startswith(written.replace(sys.executable, python))
-    assert (tmp_path / "shop" / ".mesh" / "log").is_dir(), "supervisord alone makes no folder"
     assert again.exit_code == 2
     assert "left as it is" in again.output
+
+
+def test_a_project_has_a_run_directory_for_supervisord_alone(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        call("init", short)
+        assert (Path(short) / ".mesh" / "log").is_dir()
+
+    # Where sockets find no room the project is made all the same
+    far = tmp_path / ("deep" * 25)
+    told = call("init", str(far))
+
+    assert told.exit_code == 0
+    assert "MESH_DIR" in told.stderr
+    assert (far / "pyproject.toml").is_file()
 
 
 def test_a_project_begins_with_what_git_and_pytest_need(tmp_path: Path) -> None:
     call("init", str(tmp_path))
 
-    written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
-    assert written == [".gitignore", "agents/__init__.py", "pyproject.toml", "supervisord.conf"]
+    for name in (".gitignore", "agents/__init__.py", "pyproject.toml", "supervisord.conf"):
+        assert (tmp_path / name).is_file()
     assert ".mesh/" in (tmp_path / ".gitignore").read_text().splitlines()
     settings = tomllib.loads((tmp_path / "pyproject.toml").read_text())["tool"]["pytest"]
     assert settings["ini_options"]["pythonpath"] == ["."]
