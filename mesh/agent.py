@@ -25,7 +25,7 @@ from mesh.consumer import ConsumerConfig, EventConsumer
 from mesh.context import HandlerContext, current_context
 from mesh.deadletters import DeadLetters
 from mesh.errors import PayloadError
-from mesh.handlers import EventHandlerRegistry
+from mesh.handlers import EventHandlerRegistry, check_middleware
 from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.ledger_views import Backlog
 from mesh.marks import check_marked, handlers_marked, is_source, marked_methods, period_of
@@ -79,6 +79,11 @@ class AgentContext(Value, frozen=True, kw_only=True):
     ledgers: Path | None = None
     middleware: Sequence[Middleware] = ()
     publisher_middleware: Sequence[Middleware] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what is no middleware."""
+        for name in ("middleware", "publisher_middleware"):
+            check_middleware(name, getattr(self, name))
 
 
 class Agent:

@@ -8,6 +8,7 @@ Predicates over events that combine with ``&``, ``|`` and ``~``.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,26 @@ if TYPE_CHECKING:
 _MISSING = object()
 
 
+def check_question(ask: object) -> None:
+    """
+    Refuse what cannot answer yes or no.
+
+    Raises:
+        ValueError: The message says what to do.
+    """
+    wrong = None
+    if not callable(ask):
+        wrong = "must be a function of an event, or of mesh.filters"
+    # A coroutine is true: it would let everything pass
+    elif any(map(inspect.iscoroutinefunction, (inspect.unwrap(ask), type(ask).__call__))):
+        wrong = (
+            "must answer at once: write `def`, not `async def`, or ask in the handler, or in a"
+            " middleware"
+        )
+    if wrong:
+        raise ValueError(f"filter={ask!r}: {wrong}")
+
+
 class Filter:
     """
     A yes-or-no question about an event.
@@ -26,12 +47,16 @@ class Filter:
     Args:
         ask: Gets the event.
         words: How it reads in messages.
+
+    Raises:
+        ValueError: It is no function, or a coroutine function.
     """
 
     __slots__ = ("_ask", "_words")
 
     def __init__(self, ask: Callable[[Event], bool], words: str = "filter") -> None:
         """Keep the question."""
+        check_question(ask)
         self._ask = ask
         self._words = words
 

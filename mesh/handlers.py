@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import logging
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from mesh.topics import check_topic
 from mesh.values import State
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable
 
     Run = Callable[[Event], Awaitable[Any]]
     #: Wraps the running of one handler; gets the event and what comes next.
@@ -120,16 +121,37 @@ def check_limits(timeout_s: object, max_retries: object, retry: object) -> None:
         raise ValueError("; ".join(wrong))
 
 
+def check_middleware(name: str, middleware: object) -> None:
+    """
+    Refuse what is no middleware, before the first event meets it.
+
+    Raises:
+        ValueError: The message names the value.
+    """
+    if isinstance(middleware, Sequence):
+        wrong = [f"{each!r} is no middleware" for each in middleware if not callable(each)]
+    else:
+        wrong = ["must be a list of middleware, the first outermost"]
+    if wrong:
+        raise ValueError(
+            f"{name}={middleware!r}: {', '.join(wrong)}; one is `async def layer(event, proceed)`"
+        )
+
+
 class EventHandlerRegistry:
     """
     Handlers by event type; safe to share between the consumers of a process.
 
     Args:
         middleware: Wrapped around every handler, the first outermost. None costs nothing.
+
+    Raises:
+        ValueError: One of them cannot be called.
     """
 
     def __init__(self, middleware: Sequence[Middleware] = ()) -> None:
         """Begin empty."""
+        check_middleware("middleware", middleware)
         self._middleware = tuple(middleware)
         self._handlers: dict[str, dict[tuple[str, str], Handler]] = {}
         self._by_topic: dict[str, tuple[Handler, ...]] = {}
@@ -170,10 +192,11 @@ class EventHandlerRegistry:
         Raises:
             HandlerSignatureError: The function cannot be called with an event.
             TopicError: The type breaks the topic grammar.
-            ValueError: A limit makes no sense.
+            ValueError: A limit or a middleware makes no sense.
         """
         topic = check_topic(event_type)
         check_limits(timeout_s, max_retries, retry)
+        check_middleware("middleware", middleware)
         handler = Handler(
             topic,
             handler_func,

@@ -9,7 +9,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from mesh.errors import HandlerSignatureError
-from mesh.handlers import HandlerPriority, check_limits
+from mesh.handlers import HandlerPriority, check_limits, check_middleware
 from mesh.middleware.filter import only
 from mesh.signatures import parameters_of, signature_of
 from mesh.topics import check_topic
@@ -68,13 +68,12 @@ def on(
     Raises:
         TopicError: A type breaks the topic grammar.
         HandlerSignatureError: No type is given.
-        ValueError: A limit or the filter makes no sense.
+        ValueError: A limit, the filter or a middleware makes no sense.
     """
     if not event_types or callable(event_types[0]):
         raise HandlerSignatureError("@on needs event types: @on(EventType.MARKET_DATA_RECEIVED)")
     check_limits(timeout_s, max_retries, retry)
-    if filter is not None and not callable(filter):
-        raise ValueError(f"filter={filter!r}: must be a function of an event, or of mesh.filters")
+    check_middleware("middleware", middleware)
     layers = (*((only(filter),) if filter is not None else ()), *middleware)
     marked = Hearing(
         tuple(check_topic(name) for name in event_types),

@@ -19,7 +19,7 @@ from mesh.context import current_context
 from mesh.deadletters import DeadLetters
 from mesh.errors import BrokerUnavailableError, PayloadError
 from mesh.events import Event, Ids, is_durable, payload_of
-from mesh.handlers import compose
+from mesh.handlers import check_middleware, compose
 from mesh.ledger import Ledger
 from mesh.outbox import Outbox, Outgoing
 from mesh.payloads import check_envelope, check_text
@@ -59,6 +59,10 @@ class PublisherConfig(Value, frozen=True, kw_only=True):
     wire_format: str = "msgpack"
     #: How long `publish` waits for a full fabric.
     publish_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no middleware."""
+        check_middleware("middleware", self.middleware)
 
 
 class EventPublisher:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mesh.filters import check_question
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -17,7 +19,11 @@ def only(predicate: Callable[[Event], bool]) -> Middleware:
 
     Args:
         predicate: A `mesh.filters.Filter` or any function of an event.
+
+    Raises:
+        ValueError: It is no function, or a coroutine function.
     """
+    check_question(predicate)
 
     async def keep(event: Event, proceed: Run) -> Any:
         return await proceed(event) if predicate(event) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -12,9 +13,11 @@ from mesh import (
     Agent,
     AgentContext,
     Event,
+    EventHandlerRegistry,
     HandlerSignatureError,
     InMemoryMessageBroker,
     PayloadError,
+    PublisherConfig,
     RetryPolicy,
     event_type,
     every,
@@ -22,7 +25,9 @@ from mesh import (
     source,
 )
 from mesh.errors import ClosedError
+from mesh.filters import where
 from mesh.middleware.deduplicate import once_per_id
+from mesh.middleware.filter import only
 from mesh.testing import AgentHarness, FakeClock
 from tests.plumbing.processes import eventually
 
@@ -151,6 +156,8 @@ def test_a_type_that_one_method_hears_twice_is_refused() -> None:
         ({"max_retries": 1.5}, "max_retries=1.5: must be a whole number"),
         ({"retry": 5}, "retry=5: must be a RetryPolicy"),
         ({"filter": 5}, "filter=5: must be a function"),
+        ({"middleware": [3]}, r"middleware=\[3\]: 3 is no middleware; one is `async def layer"),
+        ({"middleware": once_per_id()}, "middleware=<function.*: must be a list of middleware"),
         ({"timeout_s": -1, "max_retries": "x"}, "timeout_s=-1.*; max_retries='x'"),
     ],
 )
@@ -162,6 +169,51 @@ def test_limits_that_make_no_sense_are_refused_when_the_class_is_made(
         class Ear(Agent):
             @on("a.b", **options)
             async def hear(self, event: Event) -> None: ...
+
+
+async def is_new(event: Event, since: int = 0) -> bool:
+    return bool(event.data["at"] > since)
+
+
+class Newer:
+    async def __call__(self, event: Event) -> bool:
+        return await is_new(event)
+
+
+@pytest.mark.parametrize("ask", [is_new, partial(is_new, since=5), Newer()])
+async def test_a_filter_that_would_have_to_be_awaited_is_refused(ask: Any) -> None:
+    """A coroutine is true: everything would pass."""
+    words = r"filter=.*: must answer at once: write `def`, not `async def`"
+
+    with pytest.raises(ValueError, match=words):
+
+        class Ear(Agent):
+            @on("a.b", filter=ask)
+            async def hear(self, event: Event) -> None: ...
+
+    with pytest.raises(ValueError, match=words):
+        only(ask)
+    with pytest.raises(ValueError, match=words):
+        where(ask)
+
+
+async def test_what_is_no_middleware_is_refused_wherever_it_is_given() -> None:
+    async def hear(event: Event) -> None: ...
+
+    wrong: Any = [once_per_id(), 3]
+    words = r"middleware=\[.*, 3\]: 3 is no middleware"
+    broker = InMemoryMessageBroker()
+
+    with pytest.raises(ValueError, match=words):
+        EventHandlerRegistry(wrong)
+    with pytest.raises(ValueError, match=words):
+        await EventHandlerRegistry().register("a.b", hear, "ear", "h", middleware=wrong)
+    with pytest.raises(ValueError, match=words):
+        PublisherConfig(agent_name="mouth", broker=broker, middleware=wrong)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        AgentContext(name="ear", broker=broker, middleware=wrong)
+    with pytest.raises(ValueError, match=f"^publisher_{words}"):
+        AgentContext(name="ear", broker=broker, publisher_middleware=wrong)
 
 
 def test_no_pause_is_beyond_its_limit_however_many_tries() -> None:
