@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 from mesh.env import journal_name, mesh_dir
 from mesh.errors import AlreadyRunningError, RunDirError
+from mesh.files import naming
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -169,6 +170,7 @@ class RunDir:
 
         Raises:
             AlreadyRunningError: Another process holds it; carries its pid.
+            OSError: It cannot be written; names the file.
         """
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -178,11 +180,17 @@ class RunDir:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise AlreadyRunningError(f"{path.name} in {self.path}", self.holder(path)) from None
+        lock = Lock(descriptor, path)
         # At no moment empty: others read it, too
         words = f"{os.getpid()} {note}".strip().encode() + b"\n"
-        os.pwrite(descriptor, words, 0)
-        os.ftruncate(descriptor, len(words))
-        return Lock(descriptor, path)
+        try:
+            with naming(path):
+                os.pwrite(descriptor, words, 0)
+                os.ftruncate(descriptor, len(words))
+        except OSError:
+            lock.release()
+            raise
+        return lock
 
     def holder(self, path: Path) -> int | None:
         """Give the pid of the process that holds a lock; None when nobody does."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from mesh.errors import (
     EXIT_BUG,
     EXIT_CONFIGURATION,
@@ -20,6 +22,7 @@ EXIT_USAGE = 2
 EXIT_NO_MESH = 3
 EXIT_DATA = 65
 EXIT_UNAVAILABLE = 69
+EXIT_FILE = 74
 EXIT_INTERRUPTED = 130
 
 MEANINGS = {
@@ -30,6 +33,7 @@ MEANINGS = {
     EXIT_DATA: "the given event cannot travel: bad JSON, topic or payload",
     EXIT_UNAVAILABLE: "the fabric or supervisord does not answer",
     EXIT_BUG: "an agent failed",
+    EXIT_FILE: "a file cannot be written: the disk is full, or not yours to write on",
     EXIT_LOCKED: "a mesh runs in this directory already",
     EXIT_CONFIGURATION: "the configuration cannot be used; nothing was started",
     EXIT_INTERRUPTED: "interrupted",
@@ -55,6 +59,22 @@ _CODES: tuple[tuple[type[MeshError], int], ...] = (
     (TopicError, EXIT_DATA),
     (BrokerUnavailableError, EXIT_UNAVAILABLE),
 )
+
+
+#: What can be done about a file that cannot be written.
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, then try again"),
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), then try again",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "see that you may write there"),
+}
+
+
+def words_for_file(error: OSError) -> str | None:
+    """Say which file cannot be written, and what to do; None for any other error."""
+    remedy = _REMEDIES.get(error.errno or 0)
+    if remedy is None:
+        return None
+    return f"{error.filename or 'what this command writes'}: {error.strerror}; {remedy}"
 
 
 def code_of(error: MeshError) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mesh.cli import say
-from mesh.cli.exits import EXIT_INTERRUPTED, MEANINGS, code_of
+from mesh.cli.exits import EXIT_FILE, EXIT_INTERRUPTED, MEANINGS, code_of, words_for_file
 from mesh.errors import ConfigurationError, MeshError
 
 if TYPE_CHECKING:
@@ -81,17 +81,27 @@ class MeshGroup(click.Group):
             formatter.write_dl([(str(code), words) for code, words in MEANINGS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; an error of the mesh becomes words on stderr and its exit code."""
-        error: MeshError | None = None
+        """
+        Run a command; an error of the mesh becomes words on stderr and its exit code.
+
+        So does that of a file which cannot be written.
+        """
+        error: MeshError | OSError | None = None
         try:
             return super().invoke(ctx)
-        except* MeshError as group:
+        except* (MeshError, OSError) as group:
             error = _leaf(group)
         except* KeyboardInterrupt:
             pass
         # Not above: what is raised in `except*` comes out wrapped
         if error is None:
             ctx.exit(EXIT_INTERRUPTED)
+        if not isinstance(error, MeshError):
+            words = words_for_file(error)
+            if words is None:
+                raise error
+            say.note(words, "red")
+            ctx.exit(EXIT_FILE)
         for problem in error.problems if isinstance(error, ConfigurationError) else [str(error)]:
             say.note(problem, "red")
         ctx.exit(code_of(error))
@@ -136,10 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cli.main(args=list(arguments) if arguments is not None else None, prog_name="mesh")
 
 
-def _leaf(error: BaseException) -> MeshError:
+def _leaf(error: BaseException) -> MeshError | OSError:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    assert isinstance(error, MeshError)
+    assert isinstance(error, (MeshError, OSError))
     return error
 
 

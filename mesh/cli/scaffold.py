@@ -27,6 +27,7 @@ from mesh.cli.templates import (
 )
 from mesh.errors import ConfigurationError, TopicError
 from mesh.events import declaration_of, declarations, is_durable
+from mesh.files import replace_file, write_new
 from mesh.rundir import RunDir
 from mesh.supervision.conf import INFRASTRUCTURE, programs_of, runs_an_agent, script_of
 from mesh.topics import PRIVATE_PREFIX, check_topic
@@ -74,8 +75,7 @@ def init(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     conf = folder / CONF
     try:
-        with conf.open("x") as file:
-            file.write(configuration(_python_for(folder.resolve())))
+        write_new(conf, configuration(_python_for(folder.resolve())))
     except FileExistsError:
         raise click.UsageError(f"{conf} exists already; it is left as it is") from None
     _write_missing(folder / "agents" / "__init__.py", PACKAGE)
@@ -201,8 +201,8 @@ def _how_it_would_run(script: Path) -> str:
 
 def _write_missing(path: Path, text: str) -> None:
     path.parent.mkdir(exist_ok=True)
-    with contextlib.suppress(FileExistsError), path.open("x") as file:
-        file.write(text)
+    with contextlib.suppress(FileExistsError):
+        write_new(path, text)
 
 
 def _write(files: dict[Path, str]) -> None:
@@ -212,14 +212,9 @@ def _write(files: dict[Path, str]) -> None:
         *fresh, (conf, text) = files.items()
         for path, content in fresh:
             path.parent.mkdir(exist_ok=True)
-            with path.open("x") as file:
-                made.append(path)
-                file.write(content)
-        draft = conf.with_name(f".{conf.name}.new")
-        made.append(draft)
-        draft.write_text(text)
-        draft.chmod(conf.stat().st_mode & 0o777)
-        draft.replace(conf)
+            write_new(path, content)
+            made.append(path)
+        replace_file(conf, text)
     except BaseException:
         for path in made:
             with contextlib.suppress(OSError):

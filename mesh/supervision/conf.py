@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mesh.errors import ConfigurationError
+from mesh.files import replace_file
 from mesh.replicas import MARK, MAX_REPLICAS, group_of, replica_names
 from mesh.supervision.redis_server import PROGRAM as REDIS_PROGRAM
 
@@ -98,6 +100,7 @@ def render(
 
     Raises:
         ConfigurationError: A program has a bad name, or an agent is not in the file.
+        OSError: The file cannot be written.
     """
     parser = _read(project)
     names = [name[len(_PROGRAM) :] for name in parser.sections() if name.startswith(_PROGRAM)]
@@ -129,8 +132,9 @@ def render(
     if os.geteuid() == 0:
         parser.set("supervisord", "user", "root")
     path = rundir.path / "conf" / "supervisord.conf"
-    with path.open("w") as file:
-        parser.write(file)
+    text = io.StringIO()
+    parser.write(text)
+    replace_file(path, text.getvalue())
     return path
 
 
@@ -164,10 +168,7 @@ def write_replicas(rundir: RunDir, name: str, count: int) -> dict[str, int]:
     """Remember for this directory how many replicas of an agent are wanted; gives all wishes."""
     wishes = {**read_replicas(rundir), name: count}
     wishes = {each: wishes[each] for each in sorted(wishes) if wishes[each] > 1}
-    path = _wishes(rundir)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(wishes, indent=2) + "\n")
-    draft.replace(path)
+    replace_file(_wishes(rundir), json.dumps(wishes, indent=2) + "\n")
     return wishes
 
 

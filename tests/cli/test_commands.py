@@ -14,7 +14,15 @@ from click.testing import CliRunner, Result
 from mesh.cli.main import COMMANDS, cli
 from mesh.cli.say import clean, micros, table
 from mesh.cli.templates import agent_script, sample_of
-from tests.plumbing.processes import MESH, ROOT, run_mesh, run_python
+from mesh.rundir import RunDir
+from tests.plumbing.processes import (
+    MESH,
+    ROOT,
+    run_mesh,
+    run_mesh_without_room,
+    run_program,
+    run_python,
+)
 from tests.plumbing.projects import copy_example
 
 
@@ -303,6 +311,30 @@ def test_new_asks_about_a_type_that_looks_misspelt(project: Path) -> None:
     assert told.exit_code == 0
     assert "market.data.recieved is a new type; did you mean market.data.received?" in told.output
     assert "something.else is" not in told.output
+
+
+def test_what_cannot_be_written_is_named_and_nothing_of_it_stays(project: Path) -> None:
+    before = set(project.rglob("*"))
+    for words, file in (
+        ("init other", Path("other") / "supervisord.conf"),
+        ("new hello", project / "agents" / "hello.py"),
+        ("up", RunDir.from_env().path / "run" / "mesh.lock"),
+    ):
+        refused = run_mesh_without_room(*words.split(), cwd=project)
+
+        assert refused.code == 74, refused
+        (told,) = refused.err.splitlines()
+        assert told.startswith(f"{file}: File too large; raise the limit of file sizes")
+    assert not any(path.is_file() for path in set(project.rglob("*")) - before)
+
+
+def test_a_full_disk_is_told_by_its_words() -> None:
+    told = run_program("bash", "-c", 'exec "$0" doctor > /dev/full', MESH)
+
+    assert told.code == 74
+    assert told.err.splitlines() == [
+        "what this command writes: No space left on device; free some space, then try again"
+    ]
 
 
 def test_new_without_a_project_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mesh.rundir import RunDir
 from tests.plumbing.processes import (
     MESH,
     environment,
     eventually,
     run_mesh,
+    run_mesh_without_room,
     run_program,
     running,
     wait_until,
@@ -151,6 +153,26 @@ def test_restart_knows_the_names(mesh: Path) -> None:
     assert "risk is READY" in restarted.out
     assert refused.code == 2
     assert "no such program: nobody" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "file"), [("scale features 2", "replicas.json"), ("reload", "supervisord.conf")]
+)
+def test_what_cannot_be_written_is_named_and_nothing_is_changed(
+    mesh: Path, words: str, file: str
+) -> None:
+    conf = RunDir.from_env().path / "conf"
+    before = {path.name: path.read_text() for path in conf.iterdir()}
+
+    refused = run_mesh_without_room(*words.split(), cwd=mesh)
+
+    assert refused.code == 74, refused
+    assert refused.err.splitlines()[-1].startswith(
+        f"{conf / file}: File too large; raise the limit"
+    )
+    assert "Traceback" not in refused.err
+    assert {path.name: path.read_text() for path in conf.iterdir()} == before
+    assert run_mesh("status", cwd=mesh).code == 0
 
 
 def test_a_run_is_refused_while_a_mesh_runs(mesh: Path) -> None:

@@ -141,6 +141,11 @@ def run_mesh(
     return run_program(MESH, *args, env=env, cwd=cwd, timeout_s=timeout_s)
 
 
+def run_mesh_without_room(*args: str | Path, cwd: Path = ROOT) -> Finished:
+    """Run the `mesh` command where no file can grow: every write to one fails with EFBIG."""
+    return run_program("bash", "-c", 'ulimit -f 0; exec "$@"', "-", MESH, *args, cwd=cwd)
+
+
 def run_python(
     code: str, *args: str, env: Mapping[str, str] | None = None, timeout_s: float = 30.0
 ) -> Finished:
