@@ -36,6 +36,7 @@ from mesh.supervision.conf import (
     programs_of,
     script_of,
     unlisted_of,
+    unreadable_paths,
 )
 from mesh.supervision.declaring import check_journal
 from mesh.supervision.supervisord import SupervisorClient, SupervisorSilentError
@@ -167,6 +168,8 @@ def _project(place: Place) -> Iterator[Row]:
         yield Row("project", "warn", str(error), "go to a folder with agents/ and supervisord.conf")
         return
     yield Row("project", "ok", f"{place.project / CONF}: {say.counted(len(names), 'program')}")
+    for problem in unreadable_paths(place.project, place.rundir):
+        yield Row("paths", "fail", problem, "see there")
     for name in REQUIRED:
         if name not in names:
             yield Row("project", "fail", f"no [program:{name}]", "copy it from the documentation")

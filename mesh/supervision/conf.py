@@ -36,6 +36,8 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _RUNS = re.compile(r"__main__.*\brun\(", re.DOTALL)
 #: How a percent sign is written for supervisord, which else reads ``%(...)s`` there.
 _PERCENT, _PERCENT_TWICE = "%%", "%%%%"
+#: Begins a comment, ends a value or is cut off in supervisord's file, which can quote none of it.
+_UNREADABLE = re.compile(r"""\s[#;]|["\n\r]|\s$""")
 #: supervisord's own words for where output goes, in place of a path.
 _NO_PATHS = ("auto", "none", "off", "syslog")
 
@@ -99,12 +101,14 @@ def render(
         The file that was written.
 
     Raises:
-        ConfigurationError: A program has a bad name, or an agent is not in the file.
+        ConfigurationError: A program has a bad name, an agent is not in the file, or supervisord
+            could not read one of the paths.
         OSError: The file cannot be written.
     """
     parser = _read(project)
     names = [name[len(_PROGRAM) :] for name in parser.sections() if name.startswith(_PROGRAM)]
-    problems = [f"[program:{name}]: no usable name" for name in names if not _NAME.fullmatch(name)]
+    problems = unreadable_paths(project, rundir)
+    problems += [f"[program:{name}]: no usable name" for name in names if not _NAME.fullmatch(name)]
     problems += [
         f"{name!r} is no program of {project / 'supervisord.conf'}; it has {', '.join(names)}"
         for name in (agents or ())
@@ -136,6 +140,27 @@ def render(
     parser.write(text)
     replace_file(path, text.getvalue())
     return path
+
+
+def unreadable_paths(project: Path, rundir: RunDir) -> list[str]:
+    """Name the paths that supervisord would not read as they are written, and what to do."""
+    paths = {
+        str(project.absolute()): ("the project", "move or rename it"),
+        str(rundir.path): ("MESH_DIR", "use another one"),
+        sys.executable: ("this Python", "make its environment elsewhere"),
+    }
+    problems: list[str] = []
+    for path, (what, remedy) in paths.items():
+        found = _UNREADABLE.search(path)
+        # What lies in the project is moved with it
+        if found is not None and not (
+            problems and path.startswith(f"{project.absolute()}{os.sep}")
+        ):
+            problems.append(
+                f"{path}: supervisord does not read {found[0]!r} in a path as it is; {what} cannot"
+                f" be there: {remedy}"
+            )
+    return problems
 
 
 def rendered_programs(rundir: RunDir) -> list[str]:

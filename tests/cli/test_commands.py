@@ -125,6 +125,22 @@ def test_a_start_without_a_project_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_project_where_supervisord_cannot_read_its_paths_does_not_start(
+    project: Path, own_mesh_dir: Path
+) -> None:
+    odd = project / "shop #1"
+    copy_example(odd)
+
+    refused = run_mesh("up", "-d", cwd=odd)
+
+    assert refused.code == 78, refused
+    assert refused.err == (
+        f"{odd}: supervisord does not read ' #' in a path as it is; the project cannot be there:"
+        " move or rename it\n"
+    )
+    assert refused.err.strip() in run_mesh("doctor", cwd=odd).out
+
+
 def test_the_memory_fabric_joins_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEGION_BROKER_TYPE", "memory")
 

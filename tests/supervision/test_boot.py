@@ -119,6 +119,18 @@ async def test_percent_signs_in_paths_mean_nothing(project: Path, own_mesh_dir: 
         assert home.output("risk").exists()
 
 
+async def test_what_is_special_elsewhere_means_nothing_in_paths(
+    project: Path, own_mesh_dir: Path
+) -> None:
+    odd = project.with_name("it's a#1;b,c=[d] $HOME \\")
+    home = RunDir(own_mesh_dir / odd.name)
+    os.rename(project, odd)
+
+    async with mesh(odd, home, "risk"):
+        assert set(await pids(home)) == {"forwarder", "monitor", "risk"}
+        assert home.output("risk").exists()
+
+
 async def test_a_second_up_is_refused_and_the_first_undisturbed(
     project: Path, home: RunDir
 ) -> None:

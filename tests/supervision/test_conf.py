@@ -108,6 +108,27 @@ def test_only_agents_that_are_there_get_replicas(project: Path, home: RunDir) ->
     assert [name for name in parser.sections() if "@" in name] == ["program:features@2"]
 
 
+@pytest.mark.parametrize("sign", [" #", " ;", "\t;", '"', "\n"])
+def test_a_path_that_supervisord_would_read_otherwise_is_refused(
+    project: Path, home: RunDir, sign: str
+) -> None:
+    odd = project.with_name(f"shop{sign}1")
+    project.rename(odd)
+    inside, elsewhere = RunDir(odd / ".mesh"), RunDir(home.path / f"a{sign}b")
+
+    with pytest.raises(ConfigurationError) as both:
+        conf.render(odd, elsewhere)
+    with pytest.raises(ConfigurationError) as one:
+        conf.render(odd, inside)
+
+    (told,) = one.value.problems
+    assert told.startswith(f"{odd}: supervisord does not read {sign!r}")
+    assert ["move or rename it", "use another one"] == [
+        words.rpartition(": ")[2] for words in both.value.problems
+    ]
+    assert str(elsewhere.path) in both.value.problems[1]
+
+
 def test_no_agent_of_a_users_can_be_called_like_a_replica(project: Path, home: RunDir) -> None:
     with (project / "supervisord.conf").open("a") as file:
         file.write("\n[program:features@2]\ncommand=true\n")
