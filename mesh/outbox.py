@@ -372,6 +372,9 @@ class Outbox:
     def _send_open(self, out: Outgoing) -> bool:
         """Send the batch that was being filled."""
         frame, events, size, plain = self._frame_of(out), out.events, out.size, out.plain
+        if len(frame) > codec.MAX_FRAME_BYTES:
+            self._close_batch(out)
+            return self._send(out)
         self._empty(out)
         sent = False
         try:
@@ -390,8 +393,18 @@ class Outbox:
 
     def _close_batch(self, out: Outgoing) -> None:
         """Let nothing more into a batch, for something younger leaves in another."""
-        out.closed.append((len(out.events), self._frame_of(out)))
+        self._close_part(out, out.sequence - len(out.events) + 1, out.events)
         self._empty(out)
+
+    def _close_part(self, out: Outgoing, first: int, events: list[Event]) -> None:
+        """Close a part of a batch; keys and correlation ids can weigh more than the payloads."""
+        frame = self._batcher.encode(out.topic, out.epoch, first, events, plain=out.plain)
+        if len(frame) <= codec.MAX_FRAME_BYTES:
+            out.closed.append((len(events), frame))
+            return
+        half = len(events) // 2
+        self._close_part(out, first, events[:half])
+        self._close_part(out, first + half, events[half:])
 
     def _clear(self, out: Outgoing) -> None:
         self._empty(out)

@@ -350,3 +350,18 @@ async def test_a_batch_with_one_payload_that_json_cannot_carry_is_not_published_
 
     assert fabric.frames == []
     await publisher.close()
+
+
+async def test_a_frame_of_long_keys_is_not_too_large_to_be_heard(fabric: Fabric) -> None:
+    publisher = publisher_on(fabric)
+    for number in range(600):
+        await publisher.publish(
+            READING, Reading(number), key=f"{number:0512}", correlation_id=f"{number:0512}"
+        )
+    await publisher.close()
+
+    assert [value for batch in fabric.batches(READING) for value in batch] == list(range(600))
+    batches = [decode_frame(READING, frame) for _, frame in fabric.frames]
+    assert [each.first for each in batches[1:]] == [
+        each.first + each.count for each in batches[:-1]
+    ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from datetime import datetime  # noqa: TC003 - a dataclass of ours names it
 from typing import Annotated, Any, Literal, Union
 
 import msgspec
 import pytest
 
-from mesh import PayloadError, declare_schema, event_type
+from mesh import Agent, Event, InProcessMesh, PayloadError, declare_schema, event_type, on
 from mesh.cli.templates import sample_of
 from mesh.payloads import convert_payload, payload_encoder, payloads_encoder
 from mesh.schemas import name_of, shape_of
@@ -114,3 +116,38 @@ def test_the_strict_twin_takes_what_the_class_takes_and_nothing_else() -> None:
         with pytest.raises(msgspec.ValidationError):
             decode(msgspec.msgpack.encode(bad))
     assert shape.depth == 5
+
+
+@dataclass
+class Odd:
+    """Both are text on the wire."""
+
+    at: str | datetime
+
+
+class Reader(Agent):
+    """Asks for what cannot be."""
+
+    heard = False
+
+    @on("test.schemas.odd", max_retries=0)
+    async def read(self, odd: Odd) -> None:
+        raise AssertionError(odd)
+
+    @on("test.schemas.even")
+    async def other(self, event: Event) -> None:
+        self.heard = True
+
+
+async def test_a_class_that_msgspec_cannot_decode_fails_its_handler_and_nobody_else() -> None:
+    async with InProcessMesh([Reader]) as mesh:
+        await mesh.publish("test.schemas.odd", {"at": "noon"})
+        await mesh.publish("test.schemas.even", {})
+        await mesh.quiet()
+        reader = mesh.agents["reader"]
+        (letter,) = reader.consumer.dead_letters.newest
+
+    assert isinstance(reader, Reader)
+    assert reader.heard
+    assert letter.handler == "read"
+    assert "str" in letter.error
