@@ -362,7 +362,8 @@ class Slots:
         return self._why_too_late(event)
 
     def _why_too_late(self, event: Event) -> tuple[str, str] | None:
-        if (words := too_late(event, self._config.clock.now())) is not None:
+        # Most never expire, and asking for the time costs
+        if event.expires_at is not None and (words := too_late(event, self._config.clock.now())):
             return "expired", words
         if event.hops > self._config.max_hops:
             return "hops", (
