@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,6 +134,9 @@ def guarded(start: Callable[[], int]) -> int:
     except MeshError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return EXIT_BUG
+    except (Exception, asyncio.CancelledError):  # noqa: BLE001 - printed as it is
+        traceback.print_exc()
+        return EXIT_BUG
 
 
 def _start(kind: type[Agent], script: str, name: str | None) -> int:
@@ -163,10 +167,23 @@ def run_launch(launch: Launch) -> int:
     lock = process.only_incarnation(launch.rundir, launch.name)
     close_log = set_up_logging(launch.name, launch.rundir.log(launch.name), launch.config.log_level)
     try:
-        return asyncio.run(_AgentProcess(launch, lock, close_log).main())
+        return _run_to_its_end(_AgentProcess(launch, lock, close_log), launch.name)
+    except (Exception, asyncio.CancelledError) as error:
+        if not isinstance(error, MeshError):
+            # stderr is not kept as long as the log
+            _log.critical("%s ends by an error", launch.name, exc_info=error)
+        raise
+    finally:
+        close_log()
+        process.drop_empty_stacks()
+
+
+def _run_to_its_end(agent: _AgentProcess, name: str) -> int:
+    try:
+        return asyncio.run(agent.main())
     except* (ConfigurationError, AccessDeniedError) as group:
         first = _first_leaf(group)
-        _log.error("%s: configuration: %s", launch.name, first)
+        _log.error("%s: configuration: %s", name, first)
         if isinstance(first, AccessDeniedError):
             # A password or certificate does not become right by trying again
             raise ConfigurationError(str(first)) from None
@@ -175,11 +192,8 @@ def run_launch(launch: Launch) -> int:
         first = _first_leaf(group)
         # That something does not answer is no mistake in the code
         trace = None if isinstance(first, BrokerUnavailableError) else first
-        _log.error("%s could not begin: %s", launch.name, first, exc_info=trace)
+        _log.error("%s could not begin: %s", name, first, exc_info=trace)
         raise first from None
-    finally:
-        close_log()
-        process.drop_empty_stacks()
 
 
 class _AgentProcess:

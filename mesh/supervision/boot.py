@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mesh.account import account
@@ -133,6 +133,7 @@ async def wait_ready(
     """
     Return when every program is READY or has failed.
 
+    Where sources speak, all have been READY: who starts again after that counts as READY too.
     supervisord gives up programs that end within `startsecs`. One that takes longer to fail, it
     starts for ever: here that counts as failed after as many starts.
 
@@ -147,8 +148,12 @@ async def wait_ready(
         # Asking also wakes supervisord, whose own loop turns once a second
         programs = await client.processes()
         states = [program_state(rundir, each) for each in programs]
+        has_begun = _has_begun(rundir, {program.name for program in programs})
         for at, program in enumerate(programs):
             if states[at].verdict != "starting":
+                continue
+            if has_begun:
+                states[at] = replace(states[at], verdict="ready")
                 continue
             if program.state == "RUNNING":  # it has outlived `startsecs`
                 pids.setdefault(program.name, set()).add(program.pid)
@@ -164,6 +169,12 @@ async def wait_ready(
         if time.monotonic() > give_up_s:
             raise BootError(f"not READY after {timeout_s:g} s: {', '.join(waiting)}")
         await asyncio.sleep(_LOOK_S)
+
+
+def _has_begun(rundir: RunDir, names: Collection[str]) -> bool:
+    """Say whether the monitor has let the sources of these programs speak."""
+    views = read_ledgers(rundir.ledgers)
+    return any(views[name].sources in ("running", "done") for name in names & views.keys())
 
 
 def program_state(rundir: RunDir, program: ProcessInfo) -> ProgramState:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh import EventPublisher, EventType, PublisherConfig, ZeroMQMessageBroker
+from mesh.errors import EXIT_BUG
 from mesh.ledger_views import read_ledgers
 from mesh.rundir import RunDir
 from tests.plumbing.processes import end_forwarder, environment, eventually, running
@@ -31,6 +32,21 @@ class Slow(Agent):
 
 if __name__ == "__main__":
     run(Slow)
+"""
+
+EARLY = """
+from mesh import Agent, every, run
+
+class Early(Agent):
+    async def setup(self) -> None:
+        {}["no such price"]
+
+    @every(1.0)
+    async def look(self) -> None:
+        pass
+
+if __name__ == "__main__":
+    run(Early)
 """
 
 
@@ -56,4 +72,20 @@ async def test_who_is_told_twice_ends_at_once_and_says_so(
 
         assert code == -signal.SIGTERM, "no exit code of an error"
         assert "told to end a second time (SIGTERM)" in log.read_text()
+    await asyncio.to_thread(end_forwarder, own_mesh_dir)
+
+
+async def test_an_error_in_setup_is_in_the_log_and_in_the_exit_code(
+    own_mesh_dir: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "early.py"
+    script.write_text(EARLY)
+    async with running(sys.executable, script, env=environment(), stop_within_s=30) as agent:
+        _, err = await asyncio.wait_for(agent.communicate(), 30)
+
+        assert agent.returncode == EXIT_BUG
+        assert b"KeyError: 'no such price'" in err
+    log = RunDir(own_mesh_dir).log("early").read_text()
+    assert "early ends by an error" in log
+    assert "KeyError: 'no such price'" in log
     await asyncio.to_thread(end_forwarder, own_mesh_dir)

@@ -123,7 +123,8 @@ async def chaos(
         verdict = judge(told)
         report.figures, report.seconds = verdict.figures, time.monotonic() - begun_s
         report.problems += verdict.problems
-        report.notes += [f"ended by itself: {each}" for each in _summed(stage.own_ends())]
+        # Nobody may end because of what is done to others
+        report.problems += [f"ended by itself: {each}" for each in _summed(stage.own_ends())]
         report.notes += [f"replaced: {each}" for each in stage.replaced()]
     return report
 

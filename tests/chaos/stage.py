@@ -143,7 +143,9 @@ class Stage:
         await self._up()
 
     async def _up(self) -> None:
-        self._keep_ledgers()
+        self._keep("ledger", "*")
+        self._keep("log", "*.out")
+        self._lives += 1
         self._supervisor = await boot.up(
             self._project,
             self.rundir,
@@ -176,7 +178,7 @@ class Stage:
 
     def lives(self) -> list[dict[str, LedgerView]]:
         """Give the counters of all lives, this one too."""
-        kept = sorted(self.rundir.path.glob("ledgers-*"))
+        kept = sorted(self.rundir.path.glob("ledger-*"))
         return [*map(read_ledgers, kept), self.views()]
 
     def sources_are_done(self) -> bool:
@@ -219,13 +221,12 @@ class Stage:
             return path.read_text().splitlines()
         return []
 
-    def _keep_ledgers(self) -> None:
-        """A start clears the ledgers; those who are dying write into them until they are dead."""
-        folder = self.rundir.path / f"ledgers-{self._lives:04}"
-        self._lives += 1
-        for path in self.rundir.ledgers.iterdir():
-            folder.mkdir(exist_ok=True)
-            os.link(path, folder / path.name)
+    def _keep(self, folder: str, pattern: str) -> None:
+        """A start clears what those who are dying write into until they are dead."""
+        kept = self.rundir.path / f"{folder}-{self._lives:04}"
+        for path in (self.rundir.path / folder).glob(pattern):
+            kept.mkdir(exist_ok=True)
+            os.link(path, kept / path.name)
 
 
 def write_project(project: Path) -> None:

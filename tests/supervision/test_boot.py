@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh.errors import AlreadyRunningError
+from mesh.ledger import STATES, Ledger
 from mesh.ledger_views import read_ledger
 from mesh.rundir import RunDir
 from mesh.supervision import boot, leftovers
+from mesh.supervision.boot import ProgramState
 from mesh.supervision.supervisord import SupervisorClient, SupervisorUnavailableError
 from tests.plumbing.processes import (
     environment,
@@ -93,6 +95,11 @@ async def pids(home: RunDir) -> dict[str, int]:
 def _is_ready(home: RunDir, name: str) -> bool:
     view = read_ledger(home.ledger(name))
     return view is not None and view.state == "ready"
+
+
+def _sources(home: RunDir, name: str) -> str:
+    view = read_ledger(home.ledger(name))
+    return "none" if view is None else view.sources
 
 
 async def test_up_and_down_leave_nothing(project: Path, home: RunDir) -> None:
@@ -245,6 +252,21 @@ async def test_a_program_that_fails_is_named_with_its_last_words(
         assert states["broken"].verdict == "failed"
         assert states["broken"].last_words == "no such thing"
         assert states["forwarder"].verdict == "ready"
+
+
+async def test_who_starts_again_once_sources_speak_is_no_matter_of_the_start(
+    project: Path, home: RunDir
+) -> None:
+    async with mesh(project, home, "market_data", "risk"):
+        pid = (await pids(home))["risk"]
+        await eventually(lambda: _sources(home, "market_data") == "running")
+        ledger = Ledger.open(home.ledger("risk"))
+        ledger.set("state", STATES.index("starting"))  # as its next incarnation would
+        ledger.close()
+
+        states = await boot.wait_ready(home, timeout_s=5)
+
+        assert {each.name: each for each in states}["risk"] == ProgramState("risk", "ready", pid)
 
 
 async def test_restart_gives_one_program_a_new_process(project: Path, home: RunDir) -> None:
