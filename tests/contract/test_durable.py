@@ -215,10 +215,10 @@ async def test_what_expires_between_two_tries_is_put_aside(
         @on(event_type)
         async def try_it(self, event: Event) -> None:
             self.tries += 1
-            raise Retry(after_s=0.3, reason="busy")
+            raise Retry(after_s=1.7, reason="busy")
 
     async with running(broker, Busy) as agent, speaking(broker) as till:
-        await till.publish(event_type, {"n": 1}, expires_in_s=0.25)
+        await till.publish(event_type, {"n": 1}, expires_in_s=1.5)
         await eventually(lambda: bool(agent.consumer.dead_letters.newest))
         (letter,) = agent.consumer.dead_letters.newest
 
@@ -246,7 +246,7 @@ async def test_an_event_that_expires_in_one_handler_does_not_reach_the_next(
             self.late += 1
 
     async with running(broker, Slow) as agent, speaking(broker) as till:
-        await till.publish(event_type, {"n": 1}, expires_in_s=0.2)
+        await till.publish(event_type, {"n": 1}, expires_in_s=1.0)
         await eventually(lambda: bool(agent.consumer.dead_letters.newest))
         (letter,) = agent.consumer.dead_letters.newest
 
