@@ -156,7 +156,7 @@ class _Run:
 
     async def _start(self) -> None:
         """Wait until all are READY; an agent that fails at its first start ends the run."""
-        waiting = asyncio.create_task(ready(self._rundir), name="ready")
+        waiting = asyncio.create_task(ready(self._rundir, until_begun=True), name="ready")
         guarding = asyncio.create_task(self._guard(at_start=True), name="guard")
         try:
             await asyncio.wait({waiting, guarding}, return_when=asyncio.FIRST_COMPLETED)

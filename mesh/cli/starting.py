@@ -133,12 +133,14 @@ async def left_running(rundir: RunDir, config: MessageBusConfig, late: BootError
     )
 
 
-async def ready(rundir: RunDir, *, quiet: bool = False) -> list[ProgramState]:
+async def ready(
+    rundir: RunDir, *, until_begun: bool = False, quiet: bool = False
+) -> list[ProgramState]:
     """
-    Wait until every program is READY or has failed, showing it.
+    Wait as `boot.wait_ready` does, showing it.
 
     Raises:
         BootError: Some are neither in time.
     """
     with Progress(quiet=quiet) as progress:
-        return await boot.wait_ready(rundir, on_change=progress.show)
+        return await boot.wait_ready(rundir, until_begun=until_begun, on_change=progress.show)

@@ -128,14 +128,21 @@ async def wait_ready(
     rundir: RunDir,
     *,
     timeout_s: float = 60.0,
+    until_begun: bool = False,
     on_change: Callable[[list[ProgramState]], None] | None = None,
 ) -> list[ProgramState]:
     """
     Return when every program is READY or has failed.
 
-    Where sources speak, all have been READY: who starts again after that counts as READY too.
     supervisord gives up programs that end within `startsecs`. One that takes longer to fail, it
     starts for ever: here that counts as failed after as many starts.
+
+    Args:
+        rundir: The mesh's directory.
+        timeout_s: How long to wait.
+        until_begun: After `up`: once sources speak, all have been READY, and who starts again then
+            is not waited for.
+        on_change: Told of every change.
 
     Raises:
         BootError: Some are neither after `timeout_s`.
@@ -148,7 +155,7 @@ async def wait_ready(
         # Asking also wakes supervisord, whose own loop turns once a second
         programs = await client.processes()
         states = [program_state(rundir, each) for each in programs]
-        has_begun = _has_begun(rundir, {program.name for program in programs})
+        has_begun = until_begun and _has_begun(rundir, {program.name for program in programs})
         for at, program in enumerate(programs):
             if states[at].verdict != "starting":
                 continue

@@ -16,7 +16,7 @@ from mesh.ledger import STATES, Ledger
 from mesh.ledger_views import read_ledger
 from mesh.rundir import RunDir
 from mesh.supervision import boot, leftovers
-from mesh.supervision.boot import ProgramState
+from mesh.supervision.boot import BootError, ProgramState
 from mesh.supervision.supervisord import SupervisorClient, SupervisorUnavailableError
 from tests.plumbing.processes import (
     environment,
@@ -264,8 +264,10 @@ async def test_who_starts_again_once_sources_speak_is_no_matter_of_the_start(
         ledger.set("state", STATES.index("starting"))  # as its next incarnation would
         ledger.close()
 
-        states = await boot.wait_ready(home, timeout_s=5)
+        states = await boot.wait_ready(home, timeout_s=5, until_begun=True)
 
+        with pytest.raises(BootError, match="not READY after 0 s: risk"):
+            await boot.wait_ready(home, timeout_s=0)
         assert {each.name: each for each in states}["risk"] == ProgramState("risk", "ready", pid)
 
 
