@@ -273,7 +273,8 @@ class Journal(ABC):
         A step without acks and done marks (a source's) is applied without asking who owns what.
 
         Returns:
-            The steps that were refused, because their events belong to another consumer by now.
+            The steps that were refused, because their events belong to another consumer by now, or
+            were given back since they were handed out; also when they were handed out anew.
         """
 
     @abstractmethod

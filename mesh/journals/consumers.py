@@ -14,6 +14,8 @@ from mesh.journal import MAX_UNSETTLED
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from mesh.journal import Delivery
+
 # A cursor that nothing else moves is at most about so many events behind
 _SWEEP_EVENTS = 5000
 # Of an incarnation; a pid has 22 bits, and a whole number of SQLite 63
@@ -97,7 +99,9 @@ class Consumer:
         self.turn = 0
         #: All up to here was handed out or passed over, by topic.
         self.positions: dict[int, int] = {}
-        self.held: dict[int, Place] = {}
+        #: What was handed out. A step is of what is held now, not of the same event handed out
+        #: before: what its handler saw then may not be true any more.
+        self.held: dict[int, tuple[Place, Delivery]] = {}
         self.alone: int | None = None
         self._swept_to = 0
         #: A read waits for something to be settled.
@@ -130,13 +134,20 @@ class Consumer:
             self.alone = None
             self.turn += 1
 
-    def give_back(self, seqs: Iterable[int]) -> None:
+    def holds(self, delivery: Delivery) -> bool:
+        """Say whether it is held, as it was handed out then."""
+        found = self.held.get(int(delivery.position))
+        return found is not None and found[1] is delivery
+
+    def give_back(self, deliveries: Iterable[Delivery]) -> None:
         """Take events back that were handed out and not handled."""
         with self.lock:
-            for seq in seqs:
-                if place := self.held.pop(seq, None):
-                    topic = place[0]
-                    self.positions[topic] = min(self.positions.get(topic, 0), seq - 1)
+            for delivery in deliveries:
+                if not self.holds(delivery):
+                    continue
+                seq = int(delivery.position)
+                (topic, _), _ = self.held.pop(seq)
+                self.positions[topic] = min(self.positions.get(topic, 0), seq - 1)
                 if seq == self.alone:
                     self.alone = None
             self.turn += 1
@@ -156,7 +167,7 @@ class Consumer:
                 return Moves()
             by_place: dict[Place, list[int]] = {}
             for seq in settled:
-                by_place.setdefault(self.held[seq], []).append(seq)
+                by_place.setdefault(self.held[seq][0], []).append(seq)
             return self._moves(self.holding, by_place, settled)
 
     def settle(self, settled: Collection[int], moves: Moves) -> bool:
@@ -210,7 +221,8 @@ class Consumer:
     ) -> Moves:
         moves = Moves()
         lowest: dict[Place, int] = {}
-        for seq, place in [*self.held.items(), *holding.suspects]:
+        held = [(seq, place) for seq, (place, _) in self.held.items()]
+        for seq, place in held + holding.suspects:
             if seq not in settled and seq < lowest.get(place, seq + 1):
                 lowest[place] = seq
         for place, seqs in by_place.items():
@@ -240,7 +252,7 @@ class Consumer:
             holding.acked.setdefault(place, set()).add(seq)
 
     def _keep_only(self, owned: frozenset[int]) -> None:
-        self.held = {seq: place for seq, place in self.held.items() if place[1] in owned}
+        self.held = {seq: each for seq, each in self.held.items() if each[0][1] in owned}
         if self.alone not in self.held:
             self.alone = None
 
@@ -248,7 +260,7 @@ class Consumer:
         """Say whether a surplus partition can go."""
         if not holding.surplus:
             return False
-        return not holding.surplus <= {place[1] for place in self.held.values()}
+        return not holding.surplus <= {partition for (_, partition), _ in self.held.values()}
 
     def _begin_anew(self) -> None:
         """Read from the cursors on; what is held or settled beyond them is passed over."""

@@ -51,7 +51,7 @@ def join(tx: Transaction, consumer: Consumer, lease_ms: int) -> None:
         "UPDATE owners SET incarnation = ? WHERE group_id = ? AND consumer = ?",
         (consumer.incarnation, group_id, consumer.name),
     )
-    in_work = set() if fresh else {place[1] for place in consumer.held.values()}
+    in_work = set() if fresh else {partition for (_, partition), _ in consumer.held.values()}
     spare = mine - fair - in_work
     free = fair - owners.keys()
     if spare or free:
@@ -91,32 +91,36 @@ def hand_out_suspect(tx: Transaction, consumer: Consumer) -> Delivery | None:
     ).fetchone()
     name, frame = tx.run("SELECT id, frame FROM events WHERE seq = ?", (seq,)).fetchone()
 
+    done = frozenset(holding.done.get(seq, ()))
+    delivery = Delivery(
+        seq, holding.topics[place[0]], place[1], name, frame, count, done, holding.version
+    )
+
     def hold() -> None:
         with consumer.lock:
-            consumer.held[seq] = place
+            consumer.held[seq] = place, delivery
             consumer.alone = seq
             holding.counted.add(seq)
 
     tx.after.append(hold)
-    done = frozenset(holding.done.get(seq, ()))
-    return Delivery(
-        seq, holding.topics[place[0]], place[1], name, frame, count, done, holding.version
-    )
+    return delivery
 
 
-def release(tx: Transaction, consumer: Consumer, seqs: list[int]) -> None:
+def release(tx: Transaction, consumer: Consumer, deliveries: list[Delivery]) -> None:
     """Give events back as if they had never been handed out."""
     tx.flush()
     if consumer.holding is None:
         return
     group_id = tx.group_id(consumer.group)
     alone = consumer.alone
-    if alone is not None and alone in seqs:
+    if alone is not None and any(
+        each.position == alone and consumer.holds(each) for each in deliveries
+    ):
         _uncount(tx, group_id, alone)
     topics = consumer.holding.topics
 
     def give_back() -> None:
-        consumer.give_back(seqs)
+        consumer.give_back(deliveries)
         tx.local_topics.update(topics.values())
 
     tx.after.append(give_back)
@@ -126,7 +130,7 @@ def release_alone(tx: Transaction, consumer: Consumer) -> None:
     """Give back a suspect whose reader was cancelled before it got it."""
     tx.flush()
     if consumer.alone is not None:
-        release(tx, consumer, [consumer.alone])
+        release(tx, consumer, [consumer.held[consumer.alone][1]])
 
 
 def leave(tx: Transaction, consumer: Consumer) -> None:

@@ -111,7 +111,7 @@ class MemoryJournal(LocalJournal):
         if found is None or (me := self._member(found, consumer)) is None:
             return
         for delivery in deliveries:
-            if kept := me.held.pop(_seq(delivery), None):
+            if kept := me.take(delivery):
                 self._give_back(found, me, kept)
         self._settle_shares(found)
         self._tell(found.topics)
@@ -129,7 +129,7 @@ class MemoryJournal(LocalJournal):
         me = None if found is None else self._member(found, consumer)
         self._mine.pop((group, consumer), None)
         if found is not None and me is not None:
-            for kept in me.held.values():
+            for kept, _ in me.held.values():
                 self._give_back(found, me, kept)
             self._remove(found, me)
 
@@ -296,9 +296,8 @@ class MemoryJournal(LocalJournal):
 
     def _hand_out(self, group: Group, me: Member, lane: Lane) -> Delivery:
         seq, kept = heapq.heappop(lane.waiting)
-        me.held[seq] = kept
         record = kept.record
-        return Delivery(
+        delivery = Delivery(
             seq,
             record.topic,
             kept.partition,
@@ -308,17 +307,19 @@ class MemoryJournal(LocalJournal):
             frozenset(group.done.get(seq, ())),
             me.tenure,
         )
+        me.held[seq] = kept, delivery
+        return delivery
 
     # -- settling ------------------------------------------------------------------------------
 
     def _apply(self, group: Group, me: Member | None, step: Step) -> bool:
         owed = [*step.acks, *(delivery for delivery, _ in step.done)]
-        if owed and (me is None or any(_seq(each) not in me.held for each in owed)):
+        if owed and (me is None or not all(map(me.holds, owed))):
             return False
         for delivery, handler in step.done:
             group.done.setdefault(_seq(delivery), set()).add(handler)
         for delivery in step.acks:
-            if me is not None and (kept := me.held.pop(_seq(delivery), None)):
+            if me is not None and (kept := me.take(delivery)):
                 self._settle(group, me, kept)
         for record in step.records:
             self.store.add(record)
@@ -396,7 +397,7 @@ class MemoryJournal(LocalJournal):
         return me
 
     def _bury(self, group: Group, dead: Member, *, heir: bool = False) -> None:
-        for seq, kept in dead.held.items():
+        for seq, (kept, _) in dead.held.items():
             lane = group.lanes[kept.partition]
             heapq.heappush(lane.waiting, (seq, kept))
             lane.suspects.add(seq)
@@ -423,7 +424,7 @@ class MemoryJournal(LocalJournal):
         for number, lane in enumerate(group.lanes):
             rightful = group.consumers[names[number % len(names)]] if names else None
             if lane.owner is not None and lane.owner is not rightful:
-                if any(kept.partition == number for kept in lane.owner.held.values()):
+                if any(kept.partition == number for kept, _ in lane.owner.held.values()):
                     group.unsettled_shares = True
                     continue
             if rightful is not None and lane.owner is not rightful:
@@ -437,7 +438,7 @@ class MemoryJournal(LocalJournal):
 
 def _owed_to(group: Group) -> list[Kept]:
     waiting = [kept for lane in group.lanes for _, kept in lane.waiting]
-    return waiting + [kept for each in group.consumers.values() for kept in each.held.values()]
+    return waiting + [kept for each in group.consumers.values() for kept, _ in each.held.values()]
 
 
 def _seq(delivery: Delivery) -> int:

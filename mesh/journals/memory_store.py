@@ -13,7 +13,7 @@ from mesh.journals.local import Bells
 if TYPE_CHECKING:
     from mesh.clock import Clock
     from mesh.deadletters import DeadLetter
-    from mesh.journal import Record
+    from mesh.journal import Delivery, Record
 
 MAX_BYTES = 1024**3
 
@@ -36,11 +36,24 @@ class Member:
 
     name: str
     lease_until_s: float
-    held: dict[int, Kept] = field(default_factory=dict)
+    #: What it was handed. A step is of what is held now, not of the same event handed out before.
+    held: dict[int, tuple[Kept, Delivery]] = field(default_factory=dict)
     #: A suspect it was handed; nothing else goes out beside it.
     alone: int | None = None
     #: Changes when it gets partitions.
     tenure: int = 0
+
+    def take(self, delivery: Delivery) -> Kept | None:
+        """Take out what is held, as it was handed out then; None when it is not any more."""
+        if not self.holds(delivery):
+            return None
+        kept, _ = self.held.pop(int(delivery.position))
+        return kept
+
+    def holds(self, delivery: Delivery) -> bool:
+        """Say whether it is held, as it was handed out then."""
+        found = self.held.get(int(delivery.position))
+        return found is not None and found[1] is delivery
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +92,7 @@ class Group:
             lane.waiting = [each for each in lane.waiting if each[0] not in gone]
             heapq.heapify(lane.waiting)
         for consumer in self.consumers.values():
-            mine = {seq for seq, kept in consumer.held.items() if kept.record.topic == topic}
+            mine = {seq for seq, (kept, _) in consumer.held.items() if kept.record.topic == topic}
             for seq in mine:
                 del consumer.held[seq]
             if consumer.alone in mine:

@@ -123,10 +123,11 @@ class Consumer:
         self.lanes: dict[tuple[str, int], Lane] = {}
         #: Another's by right: nothing more is read of them, and they go when they are empty.
         self.surplus: frozenset[int] = frozenset()
-        #: What was handed out, with the count of Redis.
-        self.held: dict[Name, int] = {}
+        #: What was handed out. A step is of what is held now, not of the same event handed out
+        #: before: what its handler saw then may not be true any more.
+        self.held: dict[Name, Delivery] = {}
         #: What a commit on its way settles.
-        self.settling: dict[Name, int] = {}
+        self.settling: dict[Name, Delivery] = {}
         self.alone: Name | None = None
         #: In the order of all streams, as far as it is known.
         self.ready: deque[Fetched] = deque()
@@ -238,15 +239,21 @@ class Consumer:
                 break
         return picks
 
-    def give_back(self, names: Iterable[Name]) -> list[tuple[Lane, str, int]]:
+    def holds(self, delivery: Delivery) -> bool:
+        """Say whether it is held, as it was handed out then."""
+        return self.held.get(name_of(delivery)) is delivery
+
+    def give_back(self, deliveries: Iterable[Delivery]) -> list[tuple[Lane, str, int]]:
         """Take events back; gives what is to be written: stream, position, count."""
         back = []
-        for name in names:
-            lane, count = self.lanes.get(name[:2]), self.held.pop(name, None)
-            if lane is None or count is None:
+        for delivery in deliveries:
+            name = name_of(delivery)
+            lane = self.lanes.get(name[:2])
+            if not self.holds(delivery) or lane is None:
                 continue
+            del self.held[name]
             # A suspect stays one; others are as if they had never been handed out
-            count -= 1
+            count = delivery.deliveries - 1
             if (plain := lane.plain.pop(name[2], None)) is not None:
                 lane.returned[name[2]] = plain
             ms, _, seq = name[2].partition("-")

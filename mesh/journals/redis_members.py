@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.errors import BrokerUnavailableError, ClosedError, ConfigurationError
 from mesh.journal import PARTITIONS
-from mesh.journals.redis_consumers import Lane, name_of
+from mesh.journals.redis_consumers import Lane
 from mesh.journals.redis_entries import START, spot_of
 from mesh.journals.redis_group_scripts import (
     DECLARE,
@@ -263,7 +263,7 @@ class Members:
 
     async def release(self, me: Consumer, deliveries: Iterable[Delivery]) -> None:
         """Give unhandled events back."""
-        back = me.give_back(map(name_of, deliveries))
+        back = me.give_back(deliveries)
         if back:
             await self._write_back(me, back)
 
@@ -271,7 +271,7 @@ class Members:
         """End a consumer; what it holds is nobody's, and not suspect."""
         if not me.was_member:
             return
-        back = me.give_back(list(me.held))
+        back = me.give_back(list(me.held.values()))
         lanes = list(me.lanes.values())
         me.drop(lanes)
         me.stale = True

@@ -146,7 +146,7 @@ class Reader:
         held = me.held
         for _, lane, delivery in sorted(claimed, key=lambda each: each[0]):
             if me.lanes.get((lane.topic, lane.partition)) is lane:
-                held[name_of(delivery)] = delivery.deliveries
+                held[name_of(delivery)] = delivery
                 handed.append(delivery)
         if picks.alone and handed:
             me.alone = name_of(handed[0])
@@ -158,7 +158,7 @@ class Reader:
                 if lane.read >= 0:
                     lane.read += 1
                 lane.plain[position] = spot, lane.read
-                held[lane.topic, lane.partition, position] = 1
+                held[lane.topic, lane.partition, position] = delivery
                 handed.append(delivery)
         return handed
 

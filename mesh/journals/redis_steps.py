@@ -11,7 +11,7 @@ from mesh.journals.redis_consumers import name_of
 
 if TYPE_CHECKING:
     from mesh.deadletters import DeadLetter
-    from mesh.journal import Record, Step
+    from mesh.journal import Delivery, Record, Step
     from mesh.journals.redis_consumers import Consumer, Lane, Name
     from mesh.journals.redis_entries import Spot
 
@@ -61,25 +61,24 @@ class Settlement:
         self.state: dict[str, bytes | None] = {}
         self._number = 0
         self._returns = 0 if me is None else me.returns
-        self._settled: list[tuple[Name, int]] = []
+        self._settled: list[tuple[Name, Delivery]] = []
         #: What streams knew of them.
         self._known: list[tuple[dict[str, tuple[Spot, int]], str, tuple[Spot, int]]] = []
 
     def add(self, step: Step) -> bool:
-        """Take a step in; False when it settles what the consumer does not hold."""
+        """Take a step in; False when it settles what the consumer does not hold (any more)."""
         acks, me = step.acks, self.me
         if len(acks) == 1 and me is not None and not step.done:
             # What nearly all are
-            name = name_of(acks[0])
-            if name not in me.held:
+            if not me.holds(acks[0]):
                 return False
-            self._ack(me, name)
+            self._ack(me, name_of(acks[0]))
         elif acks or step.done:
             if me is None:
                 return False
             names = [name_of(each) for each in acks]
             marks = [(name_of(each), handler) for each, handler in step.done]
-            known = all(name in me.held for name in [*names, *(name for name, _ in marks)])
+            known = all(map(me.holds, [*acks, *(each for each, _ in step.done)]))
             if not known or len(set(names)) < len(names):
                 return False
             for name, handler in marks:
@@ -132,9 +131,9 @@ class Settlement:
         """Hold everything again, unless it is settled."""
         if self.me is None:
             return
-        for name, count in self._settled:
+        for name, delivery in self._settled:
             if self.me.settling.pop(name, None) is not None:
-                self.me.held[name] = count
+                self.me.held[name] = delivery
         for places, position, place in self._known:
             places[position] = place
         for lane in self.lanes:
@@ -153,7 +152,7 @@ class Settlement:
         self.lanes, self._settled, self._known = {}, [], []
 
     def _ack(self, me: Consumer, name: Name) -> None:
-        count = me.settling[name] = me.held.pop(name)
+        delivery = me.settling[name] = me.held.pop(name)
         topic, partition, position = name
         lane = me.lanes[topic, partition]
         steps = self.lanes.get(lane)
@@ -171,7 +170,7 @@ class Settlement:
                 steps.reached = (*place, position)
         if lane.done and position in lane.done:
             steps.unmarks += [f"{position} {each}" for each in lane.done.pop(position)]
-        self._settled.append((name, count))
+        self._settled.append((name, delivery))
 
     def _mark(self, me: Consumer, name: Name, handler: str) -> None:
         topic, partition, position = name

@@ -160,9 +160,9 @@ class SQLiteJournal(LocalJournal):
 
     async def release(self, group: str, consumer: str, deliveries: Iterable[Delivery]) -> None:
         """Give unhandled events back."""
-        seqs = [int(delivery.position) for delivery in deliveries]
+        back = list(deliveries)
         if me := self._consumers.get((group, consumer)):
-            await self._do(lambda tx: membership.release(tx, me, seqs))
+            await self._do(lambda tx: membership.release(tx, me, back))
 
     async def renew(self, group: str, consumer: str) -> None:
         """Prolong the lease of a consumer of this journal."""
@@ -391,4 +391,4 @@ class SQLiteJournal(LocalJournal):
 
 def _take_back(me: Consumer, future: asyncio.Future[list[Delivery]]) -> None:
     if future.exception() is None:
-        me.give_back([int(delivery.position) for delivery in future.result()])
+        me.give_back(future.result())

@@ -105,20 +105,21 @@ class Transaction:
         if consumer is not None:
             self._check_ownership(consumer, group_id)
             settled = self._settled.setdefault(consumer, set())
-        held = {} if consumer is None else consumer.held
         refused = []
         for step in steps:
             if len(step.acks) == 1 and not step.done:
                 # As nearly all are: without sets
                 seq = int(step.acks[0].position)
-                if seq not in held or seq in settled:
+                if consumer is None or not consumer.holds(step.acks[0]) or seq in settled:
                     refused.append(step)
                     continue
                 settled.add(seq)
             elif step.acks or step.done:
                 seqs = {int(delivery.position) for delivery in step.acks}
                 marked = {int(delivery.position) for delivery, _ in step.done}
-                if any(seq not in held or seq in settled for seq in seqs | marked):
+                owed = [*step.acks, *(delivery for delivery, _ in step.done)]
+                is_held = consumer is not None and all(map(consumer.holds, owed))
+                if not is_held or not settled.isdisjoint(seqs | marked):
                     refused.append(step)
                     continue
                 settled |= seqs

@@ -77,20 +77,12 @@ def hand_out(
                     or seq in holding.acked.get(place, ())
                 ):
                     continue  # met again after looking anew
-                consumer.held[seq] = place
                 done = frozenset(holding.done[seq]) if seq in holding.done else frozenset()
-                handed.append(
-                    Delivery(
-                        seq,
-                        holding.topics[topic],
-                        partition,
-                        name,
-                        frame,
-                        1,
-                        done,
-                        holding.version,
-                    )
+                delivery = Delivery(
+                    seq, holding.topics[topic], partition, name, frame, 1, done, holding.version
                 )
+                consumer.held[seq] = place, delivery
+                handed.append(delivery)
             if handed or ended:
                 return handed
 

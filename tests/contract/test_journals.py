@@ -342,6 +342,25 @@ async def test_a_released_event_cannot_be_settled(journal: Journal) -> None:
 # -- steps ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", ["released", "freed"])
+async def test_a_step_is_of_the_event_as_it_was_handed_out_last(journal: Journal, way: str) -> None:
+    """What was made of an earlier handing-out may rest on a state that is not true any more."""
+    await journal.append(records("a"))
+    old = await journal.read("risk", "risk")
+    if way == "released":
+        await journal.release("risk", "risk", old)
+    else:
+        await journal.free("risk", "risk")
+    new = await journal.read("risk", "risk")
+    assert ids(new) == ["a"]
+    late = [Step(acks=old, state={"n": b"old"}), Step(done=[(old[0], "on_order")])]
+
+    assert await journal.commit("risk", "risk", late) == late
+    await journal.release("risk", "risk", old)
+    assert await journal.commit("risk", "risk", [Step(acks=new, state={"n": b"new"})]) == []
+    assert await journal.load_state("risk") == {"n": b"new"}
+
+
 async def test_a_step_is_applied_whole(journal: Journal) -> None:
     await journal.declare("fills", ["fill"])
     await journal.append(records("a"))
