@@ -76,6 +76,10 @@ class Lane:
         bisect.insort(self.waiting, (spot, count))
 
 
+#: A stream, a position that is given back, with what count.
+Back = tuple[Lane, str, int]
+
+
 @dataclass(slots=True)
 class Picks:
     """What is about to be handed out."""
@@ -128,6 +132,9 @@ class Consumer:
         self.held: dict[Name, Delivery] = {}
         #: What a commit on its way settles.
         self.settling: dict[Name, Delivery] = {}
+        #: Given back, and Redis does not know it yet. Until it does, what is settled beside them
+        #: must not pass over them, and nobody is handed them again.
+        self.returning: dict[Name, Delivery] = {}
         self.alone: Name | None = None
         #: In the order of all streams, as far as it is known.
         self.ready: deque[Fetched] = deque()
@@ -166,10 +173,10 @@ class Consumer:
             if self.lanes.get(place) is not lane:
                 continue
             del self.lanes[place]
-            for names in (self.held, self.settling):
+            for names in (self.held, self.settling, self.returning):
                 for name in [name for name in names if name[:2] == place]:
                     del names[name]
-        if self.alone not in self.held and self.alone not in self.settling:
+        if not any(self.alone in names for names in (self.held, self.settling, self.returning)):
             self.alone = None
         self.begin_anew()
 
@@ -181,7 +188,8 @@ class Consumer:
 
     def busy(self) -> set[int]:
         """Give the partitions of which it holds something."""
-        return {name[1] for names in (self.held, self.settling) for name in names}
+        groups = (self.held, self.settling, self.returning)
+        return {name[1] for names in groups for name in names}
 
     def look_for_drained(self) -> None:
         """Become stale when a surplus partition can go."""
@@ -198,7 +206,8 @@ class Consumer:
         """Give how many more it may hold, up to a limit."""
         if self.alone is not None:
             return 0
-        return min(limit, MAX_UNSETTLED - len(self.held) - len(self.settling))
+        in_hand = len(self.held) + len(self.settling) + len(self.returning)
+        return min(limit, MAX_UNSETTLED - in_hand)
 
     def must_wait(self) -> bool:
         """Say whether nothing can be read before something is settled; `settle` will tell then."""
@@ -243,26 +252,31 @@ class Consumer:
         """Say whether it is held, as it was handed out then."""
         return self.held.get(name_of(delivery)) is delivery
 
-    def give_back(self, deliveries: Iterable[Delivery]) -> list[tuple[Lane, str, int]]:
-        """Take events back; gives what is to be written: stream, position, count."""
+    def take_back(self, deliveries: Iterable[Delivery]) -> list[Back]:
+        """Hold them no more; gives what is to be written. `gave_back` comes then."""
         back = []
         for delivery in deliveries:
             name = name_of(delivery)
             lane = self.lanes.get(name[:2])
-            if not self.holds(delivery) or lane is None:
+            if self.holds(delivery) and lane is not None:
+                self.returning[name] = self.held.pop(name)
+                # A suspect stays one; others are as if they had never been handed out
+                back.append((lane, name[2], delivery.deliveries - 1))
+        return back
+
+    def gave_back(self, back: Iterable[Back]) -> None:
+        """Let those that Redis has taken back be handed out again."""
+        for lane, position, count in back:
+            name = lane.topic, lane.partition, position
+            if self.lanes.get(name[:2]) is not lane or self.returning.pop(name, None) is None:
                 continue
-            del self.held[name]
-            # A suspect stays one; others are as if they had never been handed out
-            count = delivery.deliveries - 1
-            if (plain := lane.plain.pop(name[2], None)) is not None:
-                lane.returned[name[2]] = plain
-            ms, _, seq = name[2].partition("-")
+            if (plain := lane.plain.pop(position, None)) is not None:
+                lane.returned[position] = plain
+            ms, _, seq = position.partition("-")
             lane.wait((int(ms), int(seq)), count)
-            back.append((lane, name[2], count))
             if name == self.alone:
                 self.alone = None
         self.look_for_drained()
-        return back
 
     # -- fetching ------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from mesh.journal import Delivery
-    from mesh.journals.redis_consumers import Consumer
+    from mesh.journals.redis_consumers import Back, Consumer
     from mesh.journals.redis_keys import Keys
     from mesh.journals.redis_store import Store
 
@@ -263,15 +263,23 @@ class Members:
 
     async def release(self, me: Consumer, deliveries: Iterable[Delivery]) -> None:
         """Give unhandled events back."""
-        back = me.give_back(deliveries)
-        if back:
+        back = me.take_back(deliveries)
+        if not back:
+            return
+        try:
             await self._write_back(me, back)
+        except BaseException:
+            # Whether Redis has taken them back is not known: that is found out by taking over anew
+            me.drop({lane for lane, _, _ in back})
+            me.stale = True
+            raise
+        me.gave_back(back)
 
     async def leave(self, me: Consumer) -> None:
         """End a consumer; what it holds is nobody's, and not suspect."""
         if not me.was_member:
             return
-        back = me.give_back(list(me.held.values()))
+        back = me.take_back(list(me.held.values()))
         lanes = list(me.lanes.values())
         me.drop(lanes)
         me.stale = True
@@ -320,7 +328,7 @@ class Members:
     async def _write_back(
         self,
         me: Consumer,
-        back: Iterable[tuple[Lane, str, int]],
+        back: Iterable[Back],
         lanes: Iterable[Lane] = (),
         *,
         unfence: bool = False,

@@ -281,3 +281,35 @@ def test_a_plan_of_before_an_outage_is_outdated_whoever_has_compared_since() -> 
     assert plan.is_outdated()
     assert not me.in_doubt
     assert not Settlement(me).is_outdated()
+
+
+@pytest.mark.parametrize("answer", ["none", "refusal"])
+async def test_what_is_given_back_and_did_not_arrive_is_not_passed_over(
+    any_redis: RedisFabric, answer: str
+) -> None:
+    """Younger ones are settled meanwhile; then the process dies."""
+    one, two = await opened(any_redis), await opened(any_redis)
+    await one.declare("risk", ["order"])
+    await one.append([Record("order", name, b"", KEYS[0]) for name in ("old", "young")])
+    old, young = await one.read("risk", "risk")
+    run, is_asked = one._store.run, asyncio.Event()
+
+    async def without_release(script: Script, *arguments: Any, **options: Any) -> Any:
+        if script.name == "release":
+            is_asked.set()
+            await asyncio.Event().wait() if answer == "none" else None
+            raise BrokerUnavailableError("away")
+        return await run(script, *arguments, **options)
+
+    one._store.run = without_release  # type: ignore[method-assign]
+    giving_back = asyncio.create_task(one.release("risk", "risk", [old]))
+    await is_asked.wait()
+    if answer == "refusal":
+        await asyncio.wait({giving_back})
+        assert isinstance(giving_back.exception(), BrokerUnavailableError)
+    refused = await one.commit("risk", "risk", counting([young]))
+    giving_back.cancel()
+    await two.free("risk", "risk")
+
+    left = {"old"} | {each.id for step in refused for each in step.acks}
+    assert set(ids(await drain(two, "risk", "risk@2"))) == left
