@@ -101,6 +101,7 @@ class MeshGroup(click.Group):
             if words is None:
                 raise error
             say.note(words, "red")
+            _drop_unwritten()
             ctx.exit(EXIT_FILE)
         for problem in error.problems if isinstance(error, ConfigurationError) else [str(error)]:
             say.note(problem, "red")
@@ -144,6 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Closed by whoever called us (`>&-`): nobody listens
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
     cli.main(args=list(arguments) if arguments is not None else None, prog_name="mesh")
+
+
+def _drop_unwritten() -> None:
+    """Let the interpreter not try once more, at its end, to write what could not be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _leaf(error: BaseException) -> MeshError | OSError:
