@@ -107,8 +107,12 @@ class DurableIntake:
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
         self._emptied.set()
-        #: Handed to the slots and not settled, by the journal's name of the place.
-        self._out: dict[tuple[str, int | str], Delivery] = {}
+        #: Handed to the slots and not settled, by identity: on a cluster two partitions may have
+        #: the same position.
+        self._out: dict[int, Delivery] = {}
+        #: Of those, what was handed out before a refusal took state back: what is made of it may
+        #: rest on what is not true. It is given back, and handled anew.
+        self._astray: set[int] = set()
         #: Read, and not handed to the slots yet.
         self._read_ahead = 0
         #: Set when none of them is left.
@@ -145,7 +149,7 @@ class DurableIntake:
 
     def settle(self, step: Step) -> None:
         """Commit a step soon, after all that came before it."""
-        if step.state:
+        if step.state and not self._is_astray(step):
             merge_state(self.state, step.state)
         if not step.acks and self._is_taken_in(step):
             return
@@ -296,8 +300,8 @@ class DurableIntake:
             while not await self._restored():
                 await self._clock.sleep(OUTAGE.max_delay_s)
 
-    async def _load_state(self) -> None:
-        """Know what is committed, and what is about to be."""
+    async def _load_state(self, *, forget: bool = False) -> None:
+        """Know what is committed, and what is about to be; or forget what is in hand."""
         tries = 0
         while True:
             try:
@@ -307,10 +311,14 @@ class DurableIntake:
                 await self._wait_out(error, tries)
                 continue
             break
+        if forget:
+            # What was handed out while the state was read, too
+            self._astray.update(self._out)
         self.state.clear()
         self.state.update(state)
         for step in (*self._committing, *self._steps):
-            merge_state(self.state, step.state)
+            if not self._is_astray(step):
+                merge_state(self.state, step.state)
 
     async def _restored(self) -> bool:
         try:
@@ -324,7 +332,7 @@ class DurableIntake:
         at = self._ledger.link(JOURNAL, topic)
         self._ledger.cells[at + IN_RECEIVED] += len(deliveries)
         for each in deliveries:
-            self._out[topic, each.position] = each
+            self._out[id(each)] = each
         if topic.startswith(REPLAY_PREFIX):
             for each in deliveries:
                 self._receive_replay(each)
@@ -378,6 +386,12 @@ class DurableIntake:
                 self._emptied.set()
 
     async def _commit_part(self, steps: Sequence[Step]) -> list[Step]:
+        if self._astray:
+            astray = [step for step in steps if self._is_astray(step)]
+            steps = [step for step in steps if not self._is_astray(step)]
+            await self._give_back(astray)
+            if not steps:
+                return []
         tries = 0
         while True:
             try:
@@ -406,7 +420,7 @@ class DurableIntake:
         acks = [delivery for step in steps for delivery in step.acks]
         out = self._out
         for delivery in acks:
-            out.pop((delivery.topic, delivery.position), None)
+            out.pop(id(delivery), None)
         for topic, amount in Counter(map(_topic_of, acks)).items():
             self._ledger.cells[self._ledger.link(JOURNAL, topic) + cell] += sign * amount
 
@@ -420,16 +434,45 @@ class DurableIntake:
         for topic, amount in said.items():
             self._ledger.count_said(topic, amount, self._clock.time_s())
 
+    def _is_astray(self, step: Step) -> bool:
+        return bool(self._astray) and any(id(each) in self._astray for each in step.acks)
+
+    async def _give_back(self, steps: Sequence[Step]) -> None:
+        """Have events handed out anew, as far as they are still this replica's."""
+        deliveries = [each for step in steps for each in step.acks]
+        tries = 0
+        while True:
+            try:
+                await self.journal.release(self.group, self.consumer, deliveries)
+            except BrokerUnavailableError as error:
+                tries += 1
+                await self._wait_out(error, tries)
+                continue
+            break
+        mine = [each for each in deliveries if self._out.pop(id(each), None) is not None]
+        self._astray.difference_update(map(id, mine))
+        for topic, amount in Counter(map(_topic_of, mine)).items():
+            self._ledger.cells[self._ledger.link(JOURNAL, topic) + IN_RECEIVED] -= amount
+        if not self._out:
+            self._back.set()
+
     async def _forget_refused(self, refused: Sequence[Step]) -> None:
-        """Other replicas own these events by now; what they changed in memory is not true."""
+        """
+        Take back what refused steps have changed in memory: it is not true.
+
+        Other replicas own their events by now; or these come after such a step, and the journal
+        takes nothing that may rest on it.
+        """
         self._ledger.count("refused_steps", len(refused))
         _log.warning(
-            "%s: %d steps were refused, for their events belong to another replica by now",
+            "%s: %d steps were refused, for their events belong to another replica by now, or come"
+            " after one that does; what is still ours is handled anew",
             self.consumer,
             len(refused),
         )
-        await self._load_state()
+        await self._load_state(forget=any(step.state for step in refused))
         await self._restored()
+        await self._give_back(refused)
 
     async def _renew(self) -> None:
         """Keep what handlers work on, however long they take; only a blocked loop lets it go."""

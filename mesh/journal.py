@@ -274,7 +274,9 @@ class Journal(ABC):
 
         Returns:
             The steps that were refused, because their events belong to another consumer by now, or
-            were given back since they were handed out; also when they were handed out anew.
+            were given back since they were handed out; also when they were handed out anew. When
+            such a step changes the state, those after it that settle something are refused as well:
+            their handlers may have read what it changed. Release what they would have settled.
         """
 
     @abstractmethod

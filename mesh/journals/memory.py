@@ -98,7 +98,12 @@ class MemoryJournal(LocalJournal):
         found = self.store.groups.setdefault(group, Group(group))
         me = self._member(found, consumer)
         self._make_room([record for step in steps for record in step.records])
-        refused = [step for step in steps if not self._apply(found, me, step)]
+        refused: list[Step] = []
+        is_untrue = False
+        for step in steps:
+            if (is_untrue and step.acks) or not self._apply(found, me, step):
+                refused.append(step)
+                is_untrue = is_untrue or bool(step.state)
         self._settle_shares(found)
         self._bells.ring(found.topics)  # there may be room, or a suspect is out of the way
         self._tell({record.topic for step in steps for record in step.records})

@@ -136,15 +136,14 @@ class Store:
         """Remove all keys that begin so, on all servers."""
         assert self._nodes is not None
         for node in self._nodes.all():
-            connection = await node.publisher.wait_up()
             cursor: Any = b"0"
             while True:
-                cursor, keys = await connection.call(
-                    "SCAN", cursor, "MATCH", prefix + b"*", "COUNT", 1000
+                cursor, keys = await self._ask(
+                    node, "SCAN", cursor, "MATCH", prefix + b"*", "COUNT", 1000
                 )
                 # One by one: on a cluster they lie in different slots
                 for key in keys:
-                    await connection.call("UNLINK", key)
+                    await self._ask(node, "UNLINK", key)
                 if cursor == b"0":
                     break
 
@@ -219,6 +218,21 @@ class Store:
                         trouble = self._weigh(key, error)
                     tries += 1
                     await asyncio.sleep(_BACK_OFF.delay_s(tries))
+        except TimeoutError:
+            raise self._give_up(trouble) from None
+
+    async def _ask(self, node: Node, *words: bytes | str | int) -> Any:
+        """Ask one server what can be asked twice without harm, over reconnects if need be."""
+        trouble: BrokerUnavailableError | None = None
+        try:
+            async with asyncio.timeout(self._retry_s):
+                while True:
+                    connection = await node.publisher.wait_up()
+                    try:
+                        return await connection.call(*words)
+                    except LostError as error:
+                        trouble = BrokerUnavailableError(str(error))
+                    await asyncio.sleep(_BACK_OFF.delay_s(1))
         except TimeoutError:
             raise self._give_up(trouble) from None
 
@@ -298,13 +312,12 @@ class Store:
     # -- settings ------------------------------------------------------------------------------
 
     async def _check_settings(self, node: Node, *, allow_volatile: bool) -> None:
-        connection = await node.publisher.wait_up()
-        where = node.publisher.address
         try:
             # CONFIG is often forbidden; what it would tell stands in INFO as well
-            info = _facts(await connection.call("INFO"))
+            info = _facts(await self._ask(node, "INFO"))
         except ReplyError as error:
-            raise unavailable(where, error, self.place.access) from None
+            raise unavailable(node.publisher.address, error, self.place.access) from None
+        where = node.publisher.address
         problems = []
         version = info.get("redis_version", "0")
         if tuple(int(part) for part in version.split(".")[:2]) < _MIN_VERSION:

@@ -148,9 +148,11 @@ class Writer:
             if me is not None:
                 await self._compare(me)
             settlement = Settlement(me)
+            is_untrue = False
             for number, step in enumerate(steps):
-                if number not in refused and not settlement.add(step):
+                if number in refused or (is_untrue and step.acks) or not settlement.add(step):
                     refused.add(number)
+                    is_untrue = is_untrue or bool(step.state)
             try:
                 lost = await self._settle(group, settlement)
             except RenewedError:

@@ -105,13 +105,18 @@ class Transaction:
         if consumer is not None:
             self._check_ownership(consumer, group_id)
             settled = self._settled.setdefault(consumer, set())
-        refused = []
+        refused: list[Step] = []
+        is_untrue = False
         for step in steps:
+            if is_untrue and step.acks:
+                refused.append(step)
+                continue
             if len(step.acks) == 1 and not step.done:
                 # As nearly all are: without sets
                 seq = int(step.acks[0].position)
                 if consumer is None or not consumer.holds(step.acks[0]) or seq in settled:
                     refused.append(step)
+                    is_untrue = is_untrue or bool(step.state)
                     continue
                 settled.add(seq)
             elif step.acks or step.done:
@@ -121,6 +126,7 @@ class Transaction:
                 is_held = consumer is not None and all(map(consumer.holds, owed))
                 if not is_held or not settled.isdisjoint(seqs | marked):
                     refused.append(step)
+                    is_untrue = is_untrue or bool(step.state)
                     continue
                 settled |= seqs
                 self._done += [(group_id, int(each.position), name) for each, name in step.done]

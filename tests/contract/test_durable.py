@@ -33,10 +33,10 @@ from tests.plumbing.agents import speaking
 from tests.plumbing.processes import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from mesh.broker import MessageBroker
-    from mesh.journal import Delivery, Journal
+    from mesh.journal import Delivery, Journal, Step
 
 ORDER = event_type("shop.order", durable=True)
 BILL = event_type("shop.bill", durable=True)
@@ -547,6 +547,35 @@ async def test_each_key_keeps_its_order_under_concurrency(broker: MessageBroker)
         await eventually(lambda: sum(map(len, wide.seen.values())) == 60)
 
         assert all(numbers == sorted(numbers) for numbers in wide.seen.values())
+
+
+async def test_what_rests_on_a_refused_step_is_handled_anew(broker: MessageBroker) -> None:
+    """Handlers run ahead of commits, and read what the refused step has changed."""
+
+    class Count(Agent):
+        @on(ORDER)
+        async def add(self, event: Event) -> None:
+            self.ctx.state["n"] = self.ctx.state.get("n", 0) + 1
+
+    async with running(broker, Count) as agent, speaking(broker) as till:
+        journal = await broker.open_journal()
+        commit, is_refused = journal.commit, False
+
+        async def without_the_first(group: str, consumer: str, steps: Sequence[Step]) -> list[Step]:
+            nonlocal is_refused
+            if not is_refused and len(steps) > 1:
+                await journal.release(group, consumer, steps[0].acks)
+                is_refused = True
+            return await commit(group, consumer, steps)
+
+        journal.commit = without_the_first  # type: ignore[method-assign]
+        await till.publish_batch([(ORDER, {"n": number}) for number in range(300)])
+        await eventually(lambda: is_refused and agent.ctx.state.get("n") == 300)
+        await agent.consumer.drained()
+
+        assert await journal.load_state("shop") == {"n": msgspec.msgpack.encode(300)}
+        assert not any(view.pending for view in await journal.groups() if view.topic == ORDER)
+        assert agent.consumer.unsettled() == 0
 
 
 @pytest.mark.parametrize("overflow", ["drop_oldest", "latest"])

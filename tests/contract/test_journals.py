@@ -400,6 +400,23 @@ async def test_a_refused_step_changes_nothing_and_its_neighbours_are_applied(
     assert {each.id for each in await journal.scan()} == {"a", "g"}
 
 
+async def test_what_may_rest_on_a_refused_step_is_refused_with_it(journal: Journal) -> None:
+    await journal.append(records("a", "b", "c"))
+    first, second, third = await journal.read("risk", "risk")
+    await journal.release("risk", "risk", [first])
+    lost = Step(acks=[first], state={"n": b"1"})
+    after = [Step(acks=[second], state={"n": b"2"}), Step(acks=[third], records=records("f"))]
+    source = Step(records=records("g"))
+
+    assert await journal.commit("risk", "risk", [lost, *after, source]) == [lost, *after]
+    assert await journal.load_state("risk") == {}
+    await journal.release("risk", "risk", [second, third])
+    again = await drain(journal, "risk", "risk")
+    assert sorted(ids(again)) == ["a", "b", "c", "g"]
+    assert {each.deliveries for each in again} == {1}
+    assert {each.id for each in await journal.scan()} == {"a", "b", "c", "g"}
+
+
 async def test_a_step_with_one_lost_event_is_refused_whole(fabric: JournalFabric) -> None:
     journal = await fabric.open()
     await journal.declare("risk", ["order"])

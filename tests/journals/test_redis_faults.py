@@ -13,6 +13,7 @@ from mesh.errors import BackpressureError, BrokerUnavailableError
 from mesh.journal import PARTITIONS, Record, Step
 from mesh.journals.redis import RedisJournal
 from mesh.journals.redis_keys import Keys
+from mesh.redis_link.resp import RespConnection
 from tests.plumbing.journals import KEYS, drain, ids, numbered, records, settle
 from tests.plumbing.processes import eventually
 from tests.plumbing.redis_cluster import Cluster
@@ -53,6 +54,28 @@ async def append_until(
 
 
 # -- one server ----------------------------------------------------------------------------------
+
+
+async def test_a_connection_that_ends_while_settings_are_asked_is_made_anew(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that starts while Redis is restarted must not end because of it."""
+    call, asked = RespConnection.call, 0
+
+    async def call_and_lose(me: RespConnection, *words: Any) -> Any:
+        nonlocal asked
+        if words[0] == "INFO" and not asked:
+            asked += 1
+            await asyncio.to_thread(server.kill)
+            await asyncio.to_thread(server.start)
+        return await call(me, *words)
+
+    monkeypatch.setattr(RespConnection, "call", call_and_lose)
+    journal = RedisJournal(url=server.url)
+    await journal.connect()
+    assert asked
+    await journal.append(records("a"))
+    await journal.close()
 
 
 async def test_killed_under_load_it_loses_nothing_accepted(server: RedisServer) -> None:

@@ -9,11 +9,17 @@ import pytest
 
 from mesh import (
     AccessDeniedError,
+    Agent,
     BrokerUnavailableError,
+    Event,
     EventPublisher,
     PublisherConfig,
     RedisMessageBroker,
+    event_type,
+    on,
 )
+from mesh.journals.redis_clock import ClusterClock
+from tests.plumbing import agents
 from tests.plumbing.processes import eventually
 from tests.plumbing.redis_cluster import Cluster
 from tests.plumbing.redis_server import RedisServer
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.redis, pytest.mark.fault]
 
+ORDER = event_type("cluster.order", durable=True)
 TOPICS = [f"topic.{number}" for number in range(40)]
 
 
@@ -126,6 +133,38 @@ async def test_a_node_that_is_killed_comes_back_with_its_topics(cluster: Cluster
             return len(sent) == len(TOPICS) == len(ear.frames)
 
         await eventually(all_arrive, within_s=15.0)
+
+
+async def test_events_of_two_partitions_at_the_same_position_are_two(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Partitions count for themselves where Redis's clock is ahead of who appends."""
+
+    class Slow(Agent):
+        async def setup(self) -> None:
+            self.is_let_go = asyncio.Event()
+
+        @on(ORDER)
+        async def take(self, event: Event) -> None:
+            await self.is_let_go.wait()
+            self.ctx.state[event.data["by"]] = True
+
+    monkeypatch.setattr(ClusterClock, "take", lambda _, count: (9 * 10**12, count))
+    brokers = [client(cluster, allow_volatile=True) for _ in range(2)]
+    async with brokers[0] as broker, brokers[1] as other:
+        async with agents.running(broker, Slow) as agent:
+            for name, each in (("one", broker), ("two", other)):
+                journal = await each.open_journal()
+                async with agents.speaking(each) as till:
+                    await till.publish(ORDER, {"by": name}, key=name)
+            await eventually(lambda: agent.consumer.unsettled() == 2)
+            stored = await journal.scan([ORDER])
+            assert len({str(each.position).partition("/")[0] for each in stored}) == 1
+
+            agent.is_let_go.set()
+            await agent.consumer.drained()
+            assert agent.consumer.unsettled() == 0
+            assert set(await journal.load_state("shop")) == {"one", "two"}
 
 
 async def test_a_server_that_is_no_cluster_is_told(redis_url: str) -> None:
