@@ -1,30 +1,28 @@
 """
-The durable side of a consumer: it reads the journal, hands events to the slots, and commits the
-steps that come back, many in one transaction.
+The durable side of a consumer: it reads the journal and hands events to the slots; the steps that
+come back are committed by `mesh.committer`.
 
 The state belongs to the group, and each replica knows what it has loaded. A replica that gets
 partitions of another one commits what is under way and loads the state anew, before it hands out
 what lies in them.
 
-Handlers run ahead of the commits: a step that is under way holds nobody up, and at most
-`MAX_UNSETTLED` events are. When the journal is away, steps wait here and reading stops by itself.
+At most `MAX_UNSETTLED` events are in hand: when the journal is away, steps wait and reading stops
+by itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from mesh.committer import Committer, Outage
 from mesh.context import merge_state
 from mesh.errors import BrokerUnavailableError, ClosedError, FrameError, MeshError
 from mesh.journal import LEASE_S, MAX_UNSETTLED, Delivery, Journal, Step
 from mesh.kept import Kept, decode_all, decode_one
-from mesh.ledger import IN_RECEIVED, IN_SETTLED, JOURNAL
-from mesh.logs import Sparing
 from mesh.replay import read_replay
 from mesh.retry import OUTAGE
 from mesh.topics import REPLAY_PREFIX, replay_topic
@@ -98,30 +96,24 @@ class DurableIntake:
         self._topics: list[str] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._reader: asyncio.Task[None] | None = None
-        self._committer: asyncio.Task[None] | None = None
-        #: Steps whose makers wait, by their identity.
-        self._kept: dict[int, asyncio.Future[None]] = {}
-        self._steps: list[Step] = []
-        #: Taken from `_steps`, and not committed yet.
-        self._committing: list[Step] = []
-        self._filled = asyncio.Event()
-        self._emptied = asyncio.Event()
-        self._emptied.set()
-        #: Handed to the slots and not settled, by identity: on a cluster two partitions may have
-        #: the same position.
-        self._out: dict[int, Delivery] = {}
-        #: Of those, what was handed out before a refusal took state back: what is made of it may
-        #: rest on what is not true. It is given back, and handled anew.
-        self._astray: set[int] = set()
         #: Read, and not handed to the slots yet.
         self._read_ahead = 0
-        #: Set when none of them is left.
-        self._back = asyncio.Event()
         #: That of the last delivery: see `Delivery.tenure`.
         self._tenure: int | str | None = None
-        self._away = False
-        self._sparing = Sparing(_log)
         self._dead = False
+        self._outage = Outage(group, clock)
+        self._committer = Committer(
+            journal=journal,
+            group=group,
+            consumer=consumer,
+            ledger=ledger,
+            clock=clock,
+            outage=self._outage,
+            state=state,
+            on_refused=self._forget_refused,
+        )
+        #: Commit a step soon, after all that came before it.
+        self.settle = self._committer.settle
 
     async def open(self, topics: Collection[str], start: str) -> None:
         """
@@ -139,42 +131,18 @@ class DurableIntake:
     def start(self) -> None:
         """Begin to read and to commit."""
         self._reader = asyncio.create_task(self._read(), name=f"{self.group}-journal-reader")
-        self._committer = asyncio.create_task(
-            self._commit(), name=f"{self.group}-journal-committer"
-        )
         renewing = asyncio.create_task(self._renew(), name=f"{self.group}-journal-lease")
-        self._tasks = [self._committer, renewing]
+        self._tasks = [self._committer.start(), renewing]
         for task in (self._reader, *self._tasks):
             task.add_done_callback(self._tell_end)
 
-    def settle(self, step: Step) -> None:
-        """Commit a step soon, after all that came before it."""
-        if step.state and not self._is_astray(step):
-            merge_state(self.state, step.state)
-        if not step.acks and self._is_taken_in(step):
-            return
-        self._steps.append(step)
-        if not self._filled.is_set():
-            self._emptied.clear()
-            self._filled.set()
+    def is_dead(self) -> bool:
+        """Say whether nothing durable is heard or settled any more: only a restart helps."""
+        return self._dead
 
-    def _is_taken_in(self, step: Step) -> bool:
-        """
-        Let a step of nothing but state, which nobody waits for, become part of one like it.
-
-        Timers write on while the journal is away, and what they write must not pile up.
-        """
-        if self._committer is None or self._committer.done() or not self._steps:
-            return False
-        last = self._steps[-1]
-        if not (self._is_loose(step) and self._is_loose(last)):
-            return False
-        last.state.update(step.state)
-        return True
-
-    def _is_loose(self, step: Step) -> bool:
-        settles = step.acks or step.done or step.records or step.dead
-        return not settles and id(step) not in self._kept
+    def unsettled(self) -> int:
+        """Count what was handed to the slots and is not committed."""
+        return self._committer.unsettled() + self._read_ahead
 
     async def commit(self, step: Step) -> None:
         """
@@ -183,32 +151,11 @@ class DurableIntake:
         Raises:
             BrokerUnavailableError: It does not answer; only before `start` and after `close`.
         """
-        if self._committer is None or self._committer.done():
-            # State that was written before; what handlers left undone comes again
-            steps = [*(each for each in self._steps if not each.acks), step]
-            await self.journal.commit(self.group, self.consumer, steps)
-            self._count_said(steps)
-            self._steps = [each for each in self._steps if each not in steps]
-            merge_state(self.state, step.state)
-            return
-        kept = self._kept[id(step)] = asyncio.get_running_loop().create_future()
-        self.settle(step)
-        try:
-            await kept
-        finally:
-            self._kept.pop(id(step), None)
-
-    def is_dead(self) -> bool:
-        """Say whether nothing durable is heard or settled any more: only a restart helps."""
-        return self._dead
-
-    def unsettled(self) -> int:
-        """Count what was handed to the slots and is not committed."""
-        return len(self._out) + self._read_ahead
+        await self._committer.commit(step)
 
     async def committed(self) -> None:
         """Return when all steps given so far are committed."""
-        await self._emptied.wait()
+        await self._committer.committed()
 
     async def stop_reading(self) -> None:
         """Hand nothing more out."""
@@ -230,14 +177,14 @@ class DurableIntake:
             _log.warning(
                 "%s: %d durable steps could not be committed at the end; their events come again",
                 self.group,
-                len(self._steps) + len(self._committing),
+                len(self._committer.waiting()),
             )
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
             async with asyncio.timeout(limit_s):
-                await self.journal.release(self.group, self.consumer, list(self._out.values()))
+                await self.journal.release(self.group, self.consumer, self._committer.in_hand())
                 await self.journal.leave(self.group, self.consumer)
         except (MeshError, TimeoutError) as error:
             _log.warning("%s could not leave its group in order: %s", self.group, error)
@@ -249,7 +196,7 @@ class DurableIntake:
         Args:
             limit_s: How long the journal may take.
         """
-        steps = [step for step in self._steps if not step.acks]
+        steps = self._committer.loose()
         if not steps:
             return
         try:
@@ -273,11 +220,11 @@ class DurableIntake:
                 return
             except BrokerUnavailableError as error:
                 tries += 1
-                await self._wait_out(error, tries)
+                await self._outage.wait(error, tries)
                 continue
             tries = 0
-            if not (self._committing or self._steps):
-                self._note_back()
+            if not self._committer.waiting():
+                self._outage.note_back()
             self._read_ahead = len(deliveries)
             for tenure, of_tenure in groupby(deliveries, key=_tenure_of):
                 if tenure != self._tenure:
@@ -288,11 +235,7 @@ class DurableIntake:
 
     async def _begin_tenure(self, tenure: int | str) -> None:
         """Load the state anew, for others may have changed it; what is under way goes first."""
-        while self._out or not self._emptied.is_set():
-            if self._out:
-                self._back.clear()
-                await self._back.wait()
-            await self._emptied.wait()
+        await self._committer.settled()
         is_first, before = self._tenure is None, dict(self.state)
         await self._load_state()
         self._tenure = tenure
@@ -302,23 +245,14 @@ class DurableIntake:
 
     async def _load_state(self, *, forget: bool = False) -> None:
         """Know what is committed, and what is about to be; or forget what is in hand."""
-        tries = 0
-        while True:
-            try:
-                state = await self.journal.load_state(self.group)
-            except BrokerUnavailableError as error:
-                tries += 1
-                await self._wait_out(error, tries)
-                continue
-            break
+        state = await self._outage.outlast(lambda: self.journal.load_state(self.group))
         if forget:
             # What was handed out while the state was read, too
-            self._astray.update(self._out)
+            self._committer.forget_hand()
         self.state.clear()
         self.state.update(state)
-        for step in (*self._committing, *self._steps):
-            if not self._is_astray(step):
-                merge_state(self.state, step.state)
+        for step in self._committer.waiting():
+            merge_state(self.state, step.state)
 
     async def _restored(self) -> bool:
         try:
@@ -329,10 +263,7 @@ class DurableIntake:
         return True
 
     def _receive(self, topic: str, deliveries: list[Delivery]) -> None:
-        at = self._ledger.link(JOURNAL, topic)
-        self._ledger.cells[at + IN_RECEIVED] += len(deliveries)
-        for each in deliveries:
-            self._out[id(each)] = each
+        self._committer.hand_out(topic, deliveries)
         if topic.startswith(REPLAY_PREFIX):
             for each in deliveries:
                 self._receive_replay(each)
@@ -372,90 +303,6 @@ class DurableIntake:
 
     # -- settling ------------------------------------------------------------------------------
 
-    async def _commit(self) -> None:
-        while True:
-            await self._filled.wait()
-            self._filled.clear()
-            self._committing, self._steps = self._steps, []
-            while self._committing:
-                refused = await self._commit_part(self._committing[:MAX_UNSETTLED])
-                del self._committing[:MAX_UNSETTLED]
-                if refused:
-                    await self._forget_refused(refused)
-            if not self._steps:
-                self._emptied.set()
-
-    async def _commit_part(self, steps: Sequence[Step]) -> list[Step]:
-        if self._astray:
-            astray = [step for step in steps if self._is_astray(step)]
-            steps = [step for step in steps if not self._is_astray(step)]
-            await self._give_back(astray)
-            if not steps:
-                return []
-        tries = 0
-        while True:
-            try:
-                refused = await self.journal.commit(self.group, self.consumer, steps)
-            except BrokerUnavailableError as error:
-                tries += 1
-                await self._wait_out(error, tries)
-                continue
-            break
-        self._note_back()
-        self._count_settled(steps, IN_SETTLED)
-        if refused:
-            # Received and settled by somebody else
-            self._count_settled(refused, IN_RECEIVED, -1)
-            self._count_settled(refused, IN_SETTLED, -1)
-            refused_ids = set(map(id, refused))
-            steps = [step for step in steps if id(step) not in refused_ids]
-        self._count_said(steps)
-        if self._kept:
-            self._tell_kept(steps)
-        if not self._out:
-            self._back.set()
-        return refused
-
-    def _count_settled(self, steps: Sequence[Step], cell: int, sign: int = 1) -> None:
-        acks = [delivery for step in steps for delivery in step.acks]
-        out = self._out
-        for delivery in acks:
-            out.pop(id(delivery), None)
-        for topic, amount in Counter(map(_topic_of, acks)).items():
-            self._ledger.cells[self._ledger.link(JOURNAL, topic) + cell] += sign * amount
-
-    def _tell_kept(self, steps: Sequence[Step]) -> None:
-        for step in steps:
-            if (kept := self._kept.get(id(step))) is not None and not kept.done():
-                kept.set_result(None)
-
-    def _count_said(self, steps: Sequence[Step]) -> None:
-        said = Counter(record.topic for step in steps for record in step.records)
-        for topic, amount in said.items():
-            self._ledger.count_said(topic, amount, self._clock.time_s())
-
-    def _is_astray(self, step: Step) -> bool:
-        return bool(self._astray) and any(id(each) in self._astray for each in step.acks)
-
-    async def _give_back(self, steps: Sequence[Step]) -> None:
-        """Have events handed out anew, as far as they are still this replica's."""
-        deliveries = [each for step in steps for each in step.acks]
-        tries = 0
-        while True:
-            try:
-                await self.journal.release(self.group, self.consumer, deliveries)
-            except BrokerUnavailableError as error:
-                tries += 1
-                await self._wait_out(error, tries)
-                continue
-            break
-        mine = [each for each in deliveries if self._out.pop(id(each), None) is not None]
-        self._astray.difference_update(map(id, mine))
-        for topic, amount in Counter(map(_topic_of, mine)).items():
-            self._ledger.cells[self._ledger.link(JOURNAL, topic) + IN_RECEIVED] -= amount
-        if not self._out:
-            self._back.set()
-
     async def _forget_refused(self, refused: Sequence[Step]) -> None:
         """
         Take back what refused steps have changed in memory: it is not true.
@@ -472,40 +319,17 @@ class DurableIntake:
         )
         await self._load_state(forget=any(step.state for step in refused))
         await self._restored()
-        await self._give_back(refused)
 
     async def _renew(self) -> None:
         """Keep what handlers work on, however long they take; only a blocked loop lets it go."""
-        tries = 0
         while True:
-            if not tries:
-                await self._clock.sleep(LEASE_S / 4)
-            try:
-                await self.journal.renew(self.group, self.consumer)
-                tries = 0
-            except BrokerUnavailableError as error:
-                tries += 1
-                await self._wait_out(error, tries)
+            await self._clock.sleep(LEASE_S / 4)
+            await self._outage.outlast(lambda: self.journal.renew(self.group, self.consumer))
 
     def _tell_end(self, task: asyncio.Task[None]) -> None:
         """Notice what ended for a reason that nobody thought of."""
-        if task is self._committer:
-            for kept in [each for each in self._kept.values() if not each.done()]:
-                kept.set_exception(BrokerUnavailableError(f"{self.group} has ended"))
         if task.cancelled() or (error := task.exception()) is None:
             return
         self._dead = True
         words = "%s hears no durable events any more, for %s has failed"
         _log.critical(words, self.group, task.get_name(), exc_info=error)
-
-    async def _wait_out(self, error: BrokerUnavailableError, tries: int) -> None:
-        if not self._away:
-            self._away = True
-            words = f"{self.group} waits for the journal (said once an outage): {error}"
-            self._sparing.say("away", logging.WARNING, words)
-        await self._clock.sleep(OUTAGE.delay_s(tries))
-
-    def _note_back(self) -> None:
-        if self._away:
-            self._away = False
-            self._sparing.say("back", logging.WARNING, f"{self.group}: the journal is back")

@@ -23,7 +23,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
             {"live_intake"},
             {"durable_intake", "gaps", "outbox", "sharing", "slots"},
             {"tries"},
-            {"consumer_config", "kept", "replay", "replay_bell", "routes"},
+            {"committer", "consumer_config", "kept", "replay", "replay_bell", "routes"},
         ],
     ),
     ("5 middleware", [{"middleware.*", "inbox"}]),
