@@ -146,12 +146,8 @@ class Committer:
         for each in deliveries:
             self._out[id(each)] = each
 
-    def in_hand(self) -> list[Delivery]:
-        """Give what was handed out and is not settled."""
-        return list(self._out.values())
-
     def unsettled(self) -> int:
-        """Count it."""
+        """Count what was handed out and is not settled."""
         return len(self._out)
 
     async def settled(self) -> None:

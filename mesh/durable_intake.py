@@ -184,7 +184,6 @@ class DurableIntake:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
             async with asyncio.timeout(limit_s):
-                await self.journal.release(self.group, self.consumer, self._committer.in_hand())
                 await self.journal.leave(self.group, self.consumer)
         except (MeshError, TimeoutError) as error:
             _log.warning("%s could not leave its group in order: %s", self.group, error)

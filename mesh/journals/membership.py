@@ -136,10 +136,8 @@ def release_alone(tx: Transaction, consumer: Consumer) -> None:
 def leave(tx: Transaction, consumer: Consumer) -> None:
     """End a consumer; what it holds is nobody's, and not suspect."""
     tx.flush()
-    holding = consumer.holding
     tx.after.append(consumer.forget)
-    if holding is None:
-        return
+    # (It may have joined in this very transaction, and not know what it owns)
     group_id = tx.group_id(consumer.group)
     row = tx.run(
         "SELECT incarnation FROM members WHERE group_id = ? AND consumer = ?",
@@ -151,7 +149,7 @@ def leave(tx: Transaction, consumer: Consumer) -> None:
         _uncount(tx, group_id, consumer.alone)
     tx.keep_cursors(consumer, consumer.sweep(always=True))
     _remove(tx, group_id, consumer.name)
-    tx.topics.update(holding.topics.values())
+    tx.topics.update(_topics(tx, group_id).values())
 
 
 def free(tx: Transaction, group: str, consumer: str, pid: int | None = None) -> None:

@@ -91,6 +91,16 @@ local function claim(key, ids, ...)
 end
 """
 
+#: For scripts that compare positions.
+ORDER = """
+local function before(a, b)
+  local a_ms, a_seq = string.match(a, '^(%d+)-(%d+)$')
+  local b_ms, b_seq = string.match(b, '^(%d+)-(%d+)$')
+  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
+  return tonumber(a_seq) < tonumber(b_seq)
+end
+"""
+
 #: For scripts that change the state of a group. A call that a dying connection delivers late, after
 #: the next ones, would change the state back; it is known by its number.
 STATE = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mesh.journals.redis_lua import EVEN_FULL, HEAD, MEMBERS, STATE, Script
+from mesh.journals.redis_lua import EVEN_FULL, HEAD, MEMBERS, ORDER, STATE, Script
 
 _COMMIT = (
     HEAD
@@ -171,17 +171,23 @@ return {0, claimed}
 """,
 )
 
-#: Take events back as if they had not been handed out; with `unfence`, let go of the streams.
+#: Take events back as if they had not been handed out; with `unfence`, let go of the streams. What
+#: is settled stays so: a commit of which the consumer never heard may have come before.
 RELEASE = Script(
     "release",
     EVEN_FULL
     + HEAD
+    + ORDER
     + """
 for _, each in ipairs(plan.streams) do
   local key = KEYS[each[1]]
   if call('HGET', key .. ':owners', plan.group) == each[2] then
+    local _, settled = groups_of(key)
     for _, back in ipairs(each[3]) do
-      claim(key, {back[1]}, 'FORCE', 'JUSTID', 'RETRYCOUNT', back[2])
+      local is_listed = #call('XPENDING', key, plan.group, back[1], back[1], 1) > 0
+      if is_listed or not settled or before(settled['last-delivered-id'], back[1]) then
+        claim(key, {back[1]}, 'FORCE', 'JUSTID', 'RETRYCOUNT', back[2])
+      end
     end
     if plan.unfence then call('HDEL', key .. ':owners', plan.group) end
   end
@@ -230,15 +236,10 @@ TRIM = Script(
     "trim",
     EVEN_FULL
     + HEAD
+    + ORDER
     + """
 local key = KEYS[1]
 if call('EXISTS', key) == 0 then return {0, 0, ''} end
-local function before(a, b)
-  local a_ms, a_seq = string.match(a, '^(%d+)-(%d+)$')
-  local b_ms, b_seq = string.match(b, '^(%d+)-(%d+)$')
-  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
-  return tonumber(a_seq) < tonumber(b_seq)
-end
 -- Also groups of strangers: what they have not acknowledged stays
 local floors = {}
 for _, each in ipairs(call('XINFO', 'GROUPS', key)) do

@@ -313,3 +313,32 @@ async def test_what_is_given_back_and_did_not_arrive_is_not_passed_over(
 
     left = {"old"} | {each.id for step in refused for each in step.acks}
     assert set(ids(await drain(two, "risk", "risk@2"))) == left
+
+
+@pytest.mark.parametrize("end", ["leave", "release"])
+async def test_a_commit_whose_answer_was_lost_is_not_undone_by_giving_back(
+    any_redis: RedisFabric, end: str
+) -> None:
+    """A stopped server does it after all, when the agent has given up waiting and ends."""
+    one, two = await opened(any_redis), await opened(any_redis)
+    await one.declare("risk", ["order"])
+    await one.append(numbered(20))
+    handed = await one.read("risk", "risk")
+    run = one._store.run
+
+    async def unanswered(script: Script, *arguments: Any, **options: Any) -> Any:
+        done = await run(script, *arguments, **options)
+        if "sets" in arguments[1]:
+            raise BrokerUnavailableError("away")
+        return done
+
+    one._store.run = unanswered  # type: ignore[method-assign]
+    with pytest.raises(BrokerUnavailableError):
+        await one.commit("risk", "risk", counting(handed))
+    one._store.run = run  # type: ignore[method-assign]
+    if end == "release":
+        await one.release("risk", "risk", handed)
+    await one.leave("risk", "risk")
+
+    assert await drain(two, "risk", "risk") == []
+    assert (await two.load_state("risk"))["count"] == b"20"
