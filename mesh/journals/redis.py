@@ -223,6 +223,7 @@ class RedisJournal(LocalJournal):
         """End a consumer of this journal in good order."""
         self._require_open()
         if me := self._consumers.pop((group, consumer), None):
+            me.has_left = True
             async with me.reading:
                 await self._members.leave(me)
 
@@ -257,6 +258,8 @@ class RedisJournal(LocalJournal):
 
     async def _look_for(self, me: Consumer, limit: int) -> list[Delivery]:
         async with me.reading:
+            if me.has_left:  # a read that was cancelled before it had begun
+                return []
             if me.decided and not me.committing:
                 await self._writer.settle_decided(me)
             handed = await self._reader.read(me, limit)

@@ -112,6 +112,7 @@ class Consumer:
         #: Tells it from others of its name, before and after.
         self.incarnation = f"{os.getpid()}-{secrets.token_hex(8)}"
         self.was_member = False
+        self.has_left = False
         #: Of its group, when it looked last.
         self.version = ""
         self.topics: frozenset[str] = frozenset()

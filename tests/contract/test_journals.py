@@ -543,6 +543,18 @@ async def test_a_leaving_replica_hands_over_without_suspicion(fabric: JournalFab
     assert len(await settle(one, "risk", "a", held[4:])) == 6
 
 
+async def test_who_leaves_while_it_joins_is_gone(journal: Journal) -> None:
+    for number in range(5):
+        name = f"gone-{number}"
+        joining = asyncio.create_task(journal.read("risk", name, wait_s=5))
+        await asyncio.sleep(0)
+        joining.cancel()
+        await journal.leave("risk", name)
+    await journal.append(records("a", "b", "c", "d", "e", "f"))
+
+    assert len(await drain(journal, "risk", "here")) == 6
+
+
 async def test_a_closing_journal_gives_back_what_it_holds(fabric: JournalFabric) -> None:
     one, two = await fabric.open(), await fabric.open()
     await one.declare("risk", ["order"])
