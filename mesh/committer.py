@@ -228,8 +228,8 @@ class Committer:
         return True
 
     def _is_plain(self, step: Step) -> bool:
-        settles = step.acks or step.done or step.records or step.dead
-        return not settles and id(step) not in self._kept
+        has_more = step.settles or step.records or step.dead
+        return not has_more and id(step) not in self._kept
 
     def _is_astray(self, step: Step) -> bool:
         return bool(self._astray) and any(id(each) in self._astray for each in step.acks)

@@ -112,6 +112,11 @@ class Step(State, eq=False):
     #: State of the group by name; None removes.
     state: dict[str, bytes | None] = field(default_factory=dict)
 
+    @property
+    def settles(self) -> bool:
+        """Say whether it settles an event, for all handlers or for one."""
+        return bool(self.acks or self.done)
+
 
 class GroupView(Value, frozen=True):
     """How far one group is with one topic."""

@@ -101,7 +101,7 @@ class MemoryJournal(LocalJournal):
         refused: list[Step] = []
         is_untrue = False
         for step in steps:
-            if (is_untrue and step.acks) or not self._apply(found, me, step):
+            if (is_untrue and step.settles) or not self._apply(found, me, step):
                 refused.append(step)
                 is_untrue = is_untrue or bool(step.state)
         self._settle_shares(found)

@@ -150,7 +150,7 @@ class Writer:
             settlement = Settlement(me)
             is_untrue = False
             for number, step in enumerate(steps):
-                if number in refused or (is_untrue and step.acks) or not settlement.add(step):
+                if number in refused or (is_untrue and step.settles) or not settlement.add(step):
                     refused.add(number)
                     is_untrue = is_untrue or bool(step.state)
             try:

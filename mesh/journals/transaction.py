@@ -108,7 +108,7 @@ class Transaction:
         refused: list[Step] = []
         is_untrue = False
         for step in steps:
-            if is_untrue and step.acks:
+            if is_untrue and step.settles:
                 refused.append(step)
                 continue
             if len(step.acks) == 1 and not step.done:

@@ -405,7 +405,11 @@ async def test_what_may_rest_on_a_refused_step_is_refused_with_it(journal: Journ
     first, second, third = await journal.read("risk", "risk")
     await journal.release("risk", "risk", [first])
     lost = Step(acks=[first], state={"n": b"1"})
-    after = [Step(acks=[second], state={"n": b"2"}), Step(acks=[third], records=records("f"))]
+    after = [
+        Step(acks=[second], state={"n": b"2"}),
+        Step(done=[(third, "on_order")], records=records("f")),
+        Step(acks=[third], records=records("f")),
+    ]
     source = Step(records=records("g"))
 
     assert await journal.commit("risk", "risk", [lost, *after, source]) == [lost, *after]

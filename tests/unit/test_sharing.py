@@ -69,6 +69,14 @@ class Group:
         self.consumers[name] = consumer
         return consumer
 
+    async def share_until_the_second_ends(self) -> None:
+        """Two replicas share the first 200 events; then one of them ends."""
+        for name in NAMES[:2]:
+            await self.begin(name)
+        self.share(*NAMES[:2])
+        await self.say(range(200))
+        await self.consumers.pop("ear@2").stop()
+
     def share(self, *names: str, before: Iterable[str] | None = None) -> None:
         after = tuple(sorted(names))
         roster = Roster(1, after if before is None else tuple(sorted(before)), after)
@@ -137,11 +145,7 @@ async def test_what_nobody_handles_while_keys_move_is_lost_and_counted(group: Gr
 async def test_what_a_dead_replica_missed_is_counted_but_not_what_others_had(
     group: Group,
 ) -> None:
-    for name in NAMES[:2]:
-        await group.begin(name)
-    group.share(*NAMES[:2])
-    await group.say(range(200))
-    await group.consumers.pop("ear@2").stop()
+    await group.share_until_the_second_ends()
     await group.say(range(200, 400))
     missed = 400 - sum(map(len, group.heard.values()))
     assert group.link().lost + group.link().in_flight >= missed
@@ -157,11 +161,7 @@ async def test_what_a_dead_replica_missed_is_counted_but_not_what_others_had(
 
 
 async def test_a_retired_replica_misses_nothing_and_comes_back(group: Group) -> None:
-    for name in NAMES[:2]:
-        await group.begin(name)
-    group.share(*NAMES[:2])
-    await group.say(range(200))
-    await group.consumers.pop("ear@2").stop()
+    await group.share_until_the_second_ends()
     retire(group.folder / "ear@2")
     group.share("ear")
     await group.say(range(200, 400))
@@ -178,11 +178,7 @@ async def test_a_retired_replica_misses_nothing_and_comes_back(group: Group) -> 
 
 
 async def test_what_was_lost_stays_counted_when_a_replica_comes_back(group: Group) -> None:
-    for name in NAMES[:2]:
-        await group.begin(name)
-    group.share(*NAMES[:2])
-    await group.say(range(200))
-    await group.consumers.pop("ear@2").stop()
+    await group.share_until_the_second_ends()
     await group.say(range(200, 400))
     await group.begin("ear@2")
     group.share(*NAMES[:2])
