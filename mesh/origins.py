@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mesh.agent_process import Launch
 from mesh.errors import ConfigurationError
 from mesh.loading import load_agent
 from mesh.rundir import RunDir
-from mesh.runtime import Launch, guarded, run_launch
+from mesh.runtime import guarded, run_launch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

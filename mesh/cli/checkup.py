@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mesh.cli import say
-from mesh.cli.agents import topics_of
+from mesh.cli.agents import topics_in
 from mesh.cli.exits import EXIT_WRONG
 from mesh.cli.place import (
     CONF,
@@ -301,7 +301,7 @@ def _socket(rundir: RunDir, name: str) -> Row:
 def _topics(place: Place) -> Iterator[Row]:
     try:
         load_schemas(place.project)
-        topics = topics_of(place)
+        topics = topics_in(place)
     except ConfigurationError:
         return  # said already
     for name, topic in topics.items():

@@ -13,6 +13,7 @@ from mesh.replicas import group_of, number_of
 from mesh.supervision.boot import last_warning, last_words
 from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
+from mesh.topic_map import disagreements
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,6 +87,8 @@ class MeshFacts:
     groups: dict[str, GroupFacts]
     #: Types that are declared durable and travel live, because the settings say so.
     downgraded: list[str]
+    #: By type: who takes it for durable and who for live, where not all agree.
+    disagreements: dict[str, str]
 
     @property
     def problems(self) -> list[str]:
@@ -105,6 +108,7 @@ class MeshFacts:
             "programs": [asdict(each) for each in self.programs],
             "groups": {name: asdict(each) for name, each in self.groups.items()},
             "downgraded": self.downgraded,
+            "disagreements": self.disagreements,
             "links": {name: link.to_dict() for name, link in self.links.items()},
         }
 
@@ -132,6 +136,7 @@ async def look(rundir: RunDir) -> MeshFacts:
         in_flight=joined.in_flight,
         groups=_groups(programs, views, joined.links),
         downgraded=sorted({topic for card in cards.values() for topic in card.downgraded}),
+        disagreements=disagreements(rundir),
     )
 
 

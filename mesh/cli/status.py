@@ -44,7 +44,8 @@ def status(json_form: bool, directory: str | None) -> None:
 
     Everything is read from supervisord and from the agents' counters in shared memory; no agent is
     asked, so a hung one cannot hold this up. Exit code 0 when every program is READY and beats, 1
-    when one is not, 3 when no mesh runs here. Losses are shown, and do not change the exit code.
+    when one is not, 3 when no mesh runs here. Losses are shown, and do not change the exit code;
+    nor do types that are durable for one agent and live for another, which never hears them.
 
     Durable events that a group has not settled, and dead letters, are counted in the journal, where
     there is one; they do not change the exit code either.
@@ -100,6 +101,8 @@ def _show(facts: MeshFacts, journal: KeptFacts) -> None:
             f" {', '.join(facts.downgraded)}",
             "yellow",
         )
+    for topic, words in facts.disagreements.items():
+        say.line(f"{topic} is {words}: import one declaration", "red")
     for each in facts.programs:
         if each.last_words:
             say.line(f"{each.name}: {each.last_words}", "red")
@@ -122,6 +125,8 @@ def closing(facts: MeshFacts, kept: KeptFacts) -> tuple[str, say.Colour]:
     if kept.dead_letters:
         letters = say.counted(kept.dead_letters, "dead letter")
         but.append(f"{letters} {'waits' if kept.dead_letters == 1 else 'wait'}")
+    if facts.disagreements:
+        but.append(f"{say.counted(len(facts.disagreements), 'type')} without one delivery class")
     if kept.trouble:
         but.append("what the journal keeps is not known")
     if not but:

@@ -36,6 +36,7 @@ from mesh.logs import set_up_logging
 from mesh.rosters import read_rosters, write_rosters
 from mesh.rundir import RunDir
 from mesh.supervision import kernel
+from mesh.supervision.agreement import Agreement
 from mesh.supervision.beats import Beat, BeatListener
 from mesh.supervision.door import JournalDoor
 from mesh.supervision.freeing import Freer
@@ -130,6 +131,7 @@ class Monitor:
                 endless = [
                     tasks.create_task(self._watch(tasks), name="watch"),
                     tasks.create_task(trimmer.run(), name="trim"),
+                    tasks.create_task(Agreement(self._rundir).run(), name="agreement"),
                 ]
                 await stop.wait()
                 for task in endless:

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh import EventPublisher, EventType, PublisherConfig, ZeroMQMessageBroker
+from mesh.account import account
 from mesh.errors import EXIT_BUG
+from mesh.ledger import Ledger
 from mesh.ledger_views import read_ledgers
 from mesh.rundir import RunDir
 from tests.plumbing.processes import end_forwarder, environment, eventually, running
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from mesh.account import LinkAccount
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
 
@@ -32,6 +36,18 @@ class Slow(Agent):
 
 if __name__ == "__main__":
     run(Slow)
+"""
+
+EAR = """
+from mesh import Agent, Event, EventType, on, run
+
+class Ear(Agent):
+    @on(EventType.MARKET_DATA_RECEIVED)
+    async def hear(self, event: Event) -> None:
+        pass
+
+if __name__ == "__main__":
+    run(Ear)
 """
 
 EARLY = """
@@ -88,4 +104,54 @@ async def test_an_error_in_setup_is_in_the_log_and_in_the_exit_code(
     log = RunDir(own_mesh_dir).log("early").read_text()
     assert "early ends by an error" in log
     assert "KeyError: 'no such price'" in log
+    # What held the error says nothing about the agent
+    assert "ExceptionGroup" not in log
+    assert b"ExceptionGroup" not in err
+    await asyncio.to_thread(end_forwarder, own_mesh_dir)
+
+
+async def test_who_ends_as_told_and_is_started_by_nobody_misses_nothing_from_then_on(
+    own_mesh_dir: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "ear.py"
+    script.write_text(EAR)
+    rundir = RunDir(own_mesh_dir)
+
+    def link() -> LinkAccount | None:
+        hears = {"ear": frozenset({EventType.MARKET_DATA_RECEIVED.value})}
+        return account(read_ledgers(rundir.ledgers), hears).links.get(
+            "tester>market.data.received>ear"
+        )
+
+    async with ZeroMQMessageBroker(own_mesh_dir) as broker:
+        ledger = Ledger.open(rundir.ledger("tester"))
+        publisher = EventPublisher(
+            PublisherConfig(agent_name="tester", broker=broker, ledger=ledger)
+        )
+
+        async def say(count: int) -> None:
+            for _ in range(count):
+                await publisher.publish(EventType.MARKET_DATA_RECEIVED, {})
+            await publisher.flush()
+
+        async def heard(total: int) -> None:
+            await eventually(lambda: (found := link()) and found.received == total)
+
+        for said, total in ((3, 3), (5, 8)):
+            async with running(sys.executable, script, env=environment()) as agent:
+                assert agent.stderr is not None
+                words = (await asyncio.wait_for(agent.stderr.readline(), 30)).decode()
+                assert words == f"ear is READY in {own_mesh_dir}, its log is {rundir.log('ear')}\n"
+                await broker.synchronize()
+                await say(said)
+                await heard(total)
+                agent.send_signal(signal.SIGINT)
+                assert await asyncio.wait_for(agent.wait(), 10) == 0
+            # Nobody is there to hear it
+            await say(4)
+            ended = link()
+            assert ended is not None
+            assert (ended.received, ended.lost, ended.in_flight) == (total, 0, 0)
+        await publisher.close()
+        ledger.close()
     await asyncio.to_thread(end_forwarder, own_mesh_dir)

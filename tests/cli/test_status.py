@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def facts(*, lost: int = 0) -> MeshFacts:
+def facts(*, lost: int = 0, disagreements: dict[str, str] | None = None) -> MeshFacts:
     return MeshFacts(
         directory="",
         supervisor_pid=1,
@@ -31,6 +31,7 @@ def facts(*, lost: int = 0) -> MeshFacts:
         in_flight=0,
         groups={},
         downgraded=[],
+        disagreements=disagreements or {},
     )
 
 
@@ -59,6 +60,15 @@ def test_all_is_well_only_when_nothing_was_lost_and_nothing_waits(
     lost: int, kept: KeptFacts, words: str, colour: str
 ) -> None:
     assert closing(facts(lost=lost), kept) == (words, colour)
+
+
+def test_all_is_not_well_when_some_take_for_durable_what_others_take_for_live() -> None:
+    words, colour = closing(facts(disagreements={"coffee.billed": "..."}), KeptFacts())
+
+    assert (words, colour) == (
+        "all agents are well; 1 type without one delivery class",
+        "yellow",
+    )
 
 
 def test_a_mesh_that_waits_for_redis_is_said_to_run_on(rundir: Path) -> None:

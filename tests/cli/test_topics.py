@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from typing import TYPE_CHECKING
@@ -10,14 +11,19 @@ import pytest
 from click.testing import CliRunner
 
 from mesh.card import Card, write_card
-from mesh.cli.agents import Topic, topics_of
+from mesh.cli.agents import topics_in
 from mesh.cli.main import cli
 from mesh.cli.place import Place
 from mesh.ledger import IN_RECEIVED, IN_SETTLED, JOURNAL, OUT_EPOCH, OUT_SEQUENCE, Ledger
 from mesh.rundir import RunDir
+from mesh.supervision.agreement import Agreement
+from mesh.topic_map import disagreements
+from tests.plumbing.processes import eventually
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from mesh.topic_map import Topic
 
 
 @pytest.fixture
@@ -58,7 +64,7 @@ def heard(home: RunDir, name: str, publisher: str, topic: str, *, count: int) ->
 
 
 def topics() -> dict[str, Topic]:
-    return topics_of(Place.find(None))
+    return topics_in(Place.find(None))
 
 
 @pytest.mark.parametrize("said", [True, False])
@@ -139,3 +145,28 @@ def test_only_agents_of_this_project_or_those_that_run_are_shown(
     assert list(shown["agents"]) == ["clerk", "clerk@2", *till]
     assert shown["topics"]["shop.order"]["heard_by"] == ["clerk", "clerk@2", *till]
     assert ("shop.bill" in shown["topics"]) == runs
+
+
+async def test_the_monitor_tells_it_once_of_agents_that_live(
+    home: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    hears(home, "till", "shop.bill", durable=True)
+    hears(home, "clerk", "shop.bill", durable=False)
+    hears(home, "ghost", "shop.order", durable=False)
+    says(home, "till", "shop.order", durable=True)
+    with home.acquire(home.lock("till")), home.acquire(home.lock("clerk")):
+        assert disagreements(home) == {"shop.bill": "durable for till, live for clerk"}
+        comparing = asyncio.create_task(Agreement(home, every_s=0.01).run())
+        await eventually(lambda: "shop.bill" in caplog.text)
+        hears(home, "till", "shop.bell", durable=True)
+        hears(home, "clerk", "shop.bell", durable=False)
+        await eventually(lambda: "shop.bell" in caplog.text)
+        comparing.cancel()
+        await asyncio.gather(comparing, return_exceptions=True)
+
+    assert caplog.messages == [
+        f"{topic} is durable for till, live for clerk: what the ones say the others never hear;"
+        " import one declaration"
+        for topic in ("shop.bill", "shop.bell")
+    ]
+    assert disagreements(home) == {}, "none of them lives any more"

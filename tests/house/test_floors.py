@@ -10,7 +10,10 @@ from tests.plumbing.sources import files_under, imports_of, modules_of_mesh, nam
 # `package.*` stands for a package and all in it, whose modules may know each other.
 FLOORS: list[tuple[str, list[set[str]]]] = [
     ("12 faces", [{"cli.*", "dashboard.*", "testing.*"}]),
-    ("11 process", [{"launch", "survey"}, {"origins"}, {"runtime", "inprocess"}, {"loading"}]),
+    (
+        "11 process",
+        [{"launch", "survey"}, {"origins"}, {"runtime", "inprocess"}, {"agent_process", "loading"}],
+    ),
     ("10 agent", [{"agent"}, {"marks"}]),
     ("9 supervision", [{"supervision.*"}]),
     ("8 assembly", [{"factory"}]),
@@ -33,7 +36,15 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
     (
         "2 pure tools",
         [
-            {"account", "codec", "filters", "retry", "signatures", "stats", "telemetry"},
+            {
+                "account",
+                "codec",
+                "filters",
+                "retry",
+                "signatures",
+                "telemetry",
+                "topic_map",
+            },
             {"batch", "columns", "ledger_views"},
             {"payloads"},
             {"batch", "beats", "card", "causality", "deadletters", "ledger", "process", "rosters"},
