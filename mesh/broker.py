@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from mesh import codec
+from mesh.cancelling import forget
 from mesh.clock import SYSTEM_CLOCK
 from mesh.errors import (
     BackpressureError,
@@ -395,6 +396,7 @@ class _Channel:
         self._handler = handler
         self._queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._full = False
+        self._stopped = False
         self._task = asyncio.get_running_loop().create_task(self._run(), name="channel")
 
     def receive(self, topic: str, frame: bytes) -> None:
@@ -411,16 +413,21 @@ class _Channel:
         return not self._full
 
     async def stop(self) -> None:
+        self._stopped = True
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopped:
             message = await self._queue.get()
             try:
                 await self._handler(message)
-            except Exception:  # noqa: BLE001 - a handler's failure, not the channel's
+            except (Exception, asyncio.CancelledError) as error:
+                # The loop's end cancels it as well
+                if isinstance(error, asyncio.CancelledError) and self._task.cancelling():
+                    raise
                 _log.exception("the channel's handler failed; the channel goes on")
+            forget(self._task)
             if self._full and self._queue.qsize() < self.MAX_QUEUED // 2:
                 self._full = False
                 self._broker.resume(self)

@@ -35,6 +35,8 @@ EXIT_CONFIGURATION = 78
 
 #: Characters of an error's text that are kept: they go into logs, dead letters and states.
 _MAX_WORDS = 4000
+#: So many errors of a group are told.
+_MAX_PARTS = 5
 
 
 class MeshError(Exception):
@@ -144,6 +146,9 @@ def words_of(error: BaseException) -> str:
         text = str(error)
     except Exception as again:  # noqa: BLE001 - somebody else's code
         text = f"(its text cannot be had: {type(again).__name__})"
+    if isinstance(error, BaseExceptionGroup):
+        # A task group's own words say nothing of what has failed in it
+        text = f"{text}: {'; '.join(words_of(each) for each in error.exceptions[:_MAX_PARTS])}"
     return sound_text(f"{type(error).__name__}: {text}")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from mesh.cancelling import forget, shed
 from mesh.errors import is_outage
 from mesh.ledger import SOURCES
 from mesh.logs import Sparing
@@ -26,7 +27,7 @@ _STEADY_S = 30.0
 
 class OwnWork:
     """
-    Runs one agent's sources and timers.
+    Runs one agent's sources and timers, in tasks below the one in which it is made.
 
     Args:
         ledger: Where the sources' state, and what failed, is noted.
@@ -40,6 +41,8 @@ class OwnWork:
         self._clock = clock
         self._log = log
         self._sparing = Sparing(log)
+        #: Runs nobody's code, so it is cancelled only when all this is to end.
+        self._parent = asyncio.current_task()
 
     async def run_sources(self, sources: Sequence[Call], flush: Call) -> None:
         """
@@ -53,10 +56,11 @@ class OwnWork:
             ExceptionGroup: One has failed.
         """
         self._ledger.set("sources", SOURCES.index("running"))
+        parent = asyncio.current_task()
         try:
             async with asyncio.TaskGroup() as tasks:
                 for source in sources:
-                    tasks.create_task(self._run(source), name=source.__name__)
+                    tasks.create_task(self._run(source, parent), name=source.__name__)
             await flush()
         except Exception:
             self._ledger.set("sources", SOURCES.index("failed"))
@@ -71,7 +75,7 @@ class OwnWork:
             try:
                 await call()
             except (Exception, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                if isinstance(error, asyncio.CancelledError) and _is_cancelled(self._parent):
                     raise
                 self._ledger.count("timer_failed")
                 words = f"timer {call.__name__} failed; it is called again"
@@ -79,10 +83,14 @@ class OwnWork:
                     self._say_outage(call.__name__, words, error)
                 else:
                     self._log.exception("%s", words)
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                if _is_cancelled(self._parent):
+                    raise asyncio.CancelledError
+                await shed(task)
             # A call that took too long skips the beats it missed instead of hurrying after them
             due_s = max(due_s + seconds, self._clock.mono_s())
 
-    async def _run(self, source: Call) -> None:
+    async def _run(self, source: Call, parent: asyncio.Task[Any] | None) -> None:
         """Call a source, again after an outage: to start the process anew would not end that."""
         name, tries = source.__name__, 0
         while True:
@@ -90,15 +98,17 @@ class OwnWork:
             try:
                 await source()
             except asyncio.CancelledError as error:
-                if _is_being_cancelled():
+                if _is_cancelled(parent):
                     raise
                 # A task group takes a task that ends so for one that was to end
                 raise RuntimeError(f"{name} awaited what was cancelled") from error
             except Exception as error:
-                if not is_outage(error):
+                if not is_outage(error) or _is_cancelled(parent):
                     raise
                 tries = tries + 1 if self._clock.mono_s() - begun_s < _STEADY_S else 1
                 self._say_outage(name, f"{name} waits, and is then called again", error)
+                if (task := asyncio.current_task()) is not None:
+                    forget(task)
                 await self._clock.sleep(OUTAGE.delay_s(tries))
             else:
                 return
@@ -110,7 +120,5 @@ class OwnWork:
         self._sparing.say(kind, logging.WARNING, f"{words}: {error}")
 
 
-def _is_being_cancelled() -> bool:
-    """Say whether somebody wants this very task to end."""
-    task = asyncio.current_task()
+def _is_cancelled(task: asyncio.Task[Any] | None) -> bool:
     return task is not None and task.cancelling() > 0

@@ -1,5 +1,5 @@
 """
-Where handlers run: one event, one handler at a time in each slot, with time limits.
+Where handlers run: one event, one handler at a time in each slot.
 
 A slot is a task that runs handlers one after the other; there is no task per event.
 """
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mesh.cancelling import shed
 from mesh.causality import current_event
 from mesh.context import HandlerContext, current_context
 from mesh.deadletters import go_on
 from mesh.events import key_of
-from mesh.handlers import Handler, own_copy
+from mesh.handler_watch import HandlerWatch
+from mesh.handlers import own_copy
 from mesh.inbox import Arrival, make_inbox
 from mesh.ledger import IN_SETTLED, Ledger
 from mesh.tries import Slot, Tries, too_late
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from mesh.consumer_config import ConsumerConfig
     from mesh.deadletters import DeadLetters
     from mesh.events import Event
+    from mesh.handlers import Handler
     from mesh.journal import Delivery, Step
 
 _log = logging.getLogger(__name__)
@@ -70,11 +73,11 @@ class Slots:
         self._state = state
         self._settle = settle
         self._on_room = on_room
-        self._tries = Tries(config, ledger, dead_letters)
+        self._tries = Tries(config, ledger, dead_letters, self._is_ending)
         self._slots = [
             Slot(make_inbox(config.buffer_size, config.overflow)) for _ in range(config.concurrency)
         ]
-        self._watch_task: asyncio.Task[None] | None = None
+        self._watch = HandlerWatch(config, self._slots, self._tries)
         self._blocked = False
         self._stopping = False
         self._idle: asyncio.Event | None = None
@@ -86,7 +89,7 @@ class Slots:
                 self._work(slot), name=f"{self._agent_name}-slot-{number}"
             )
             slot.task.add_done_callback(self._tell_end)
-        self._watch_task = asyncio.create_task(self._watch(), name=f"{self._agent_name}-watch")
+        self._watch.start()
 
     async def stop(self) -> None:
         """End at once; what waits or runs stays unsettled."""
@@ -95,8 +98,8 @@ class Slots:
             # Whoever swallows its cancellation is the last to be called
             slot.inbox.urgent = -1
         tasks = [slot.task for slot in self._slots if slot.task is not None]
-        if self._watch_task is not None:
-            tasks.append(self._watch_task)
+        if self._watch.task is not None:
+            tasks.append(self._watch.task)
         for task in tasks:
             task.cancel()
         if not tasks:
@@ -153,6 +156,11 @@ class Slots:
                 "%s has failed and hears nothing", task.get_name(), exc_info=task.exception()
             )
 
+    def _is_ending(self) -> bool:
+        """Say whether the slots are to end: the end of the loop cancels the watch as well."""
+        watch = self._watch.task
+        return self._stopping or (watch is not None and (watch.done() or watch.cancelling() > 0))
+
     def has_room(self) -> bool:
         """Say whether the inboxes take more; `on_room` is called later when not."""
         for slot in self._slots:
@@ -202,6 +210,11 @@ class Slots:
                 await self._run(slot, arrival)
             else:
                 await self._run_durable(slot, arrival, arrival.deliveries)
+            if slot.task is not None and slot.task.cancelling() and not self._is_ending():
+                # A handler has left it behind; the next one is not to be taken for cancelled
+                await shed(slot.task)
+                if self._is_ending():
+                    return
             if self._blocked and inbox.size <= self._config.buffer_size // 2:
                 self._blocked = False
                 self._on_room()
@@ -391,60 +404,3 @@ class Slots:
         if self._idle is not None:
             self._idle.set()
             self._idle = None
-
-    # -- time limits ---------------------------------------------------------------------------
-
-    async def _watch(self) -> None:
-        """
-        Cancel handlers over their limit.
-
-        One look at a counter a tick replaces a timer per event, which would cost more than the
-        handler itself.
-        """
-        clock = self._config.clock
-        while True:
-            tick_s = self._tick_s()
-            before = clock.mono_s()
-            await clock.sleep(tick_s)
-            # While the whole process was stopped no handler ran
-            elapsed_s = min(clock.mono_s() - before, 2 * tick_s)
-            for slot in self._slots:
-                self._look_at(slot, elapsed_s)
-
-    def _tick_s(self) -> float:
-        registry = self._config.handler_registry
-        limits = [self._config.handler_timeout_s]
-        for topic in registry.topics_of(self._agent_name):
-            limits += [
-                handler.timeout_s
-                for handler in registry.handlers_of(topic, self._agent_name)
-                if handler.timeout_s is not None
-            ]
-        return min(1.0, max(0.02, min(limits) / 5))
-
-    def _look_at(self, slot: Slot, elapsed_s: float) -> None:
-        event, handler, retries = slot.seen
-        if (
-            slot.event is None
-            or slot.pausing
-            or slot.event is not event
-            or slot.handler is not handler
-            or slot.retries != retries
-        ):
-            slot.seen = (slot.event, slot.handler, slot.retries)
-            slot.age_s = 0.0
-            if slot.timed_out is not None:
-                self._say_swallowed(slot.timed_out[1])
-                self._tries.take_back(slot)
-            return
-        slot.age_s += elapsed_s
-        if slot.age_s > self._tries.limit_s(slot) and not slot.timed_out and slot.task is not None:
-            slot.timed_out = (slot.event, slot.handler)
-            slot.task.cancel()
-
-    def _say_swallowed(self, handler: Handler | None) -> None:
-        _log.warning(
-            "handler %s of %s was cancelled at its time limit and went on to its end all the same",
-            handler.id if handler else "?",
-            self._agent_name,
-        )

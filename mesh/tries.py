@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from mesh import codec
+from mesh.cancelling import shed
 from mesh.context import current_context
 from mesh.errors import BrokerUnavailableError, FrameError, MeshError, PayloadError, words_of
 from mesh.ledger import Ledger
@@ -14,6 +15,7 @@ from mesh.outcomes import Outcome, Reject, Retry, Skip
 from mesh.retry import RetryPolicy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
 
     from mesh.consumer_config import ConsumerConfig
@@ -74,10 +76,18 @@ class Tries:
         config: The consumer's.
         ledger: Where failures are counted.
         dead_letters: Where live events are put aside.
+        is_ending: Says whether the slots are being cancelled, for the consumer ends.
     """
 
-    def __init__(self, config: ConsumerConfig, ledger: Ledger, dead_letters: DeadLetters) -> None:
+    def __init__(
+        self,
+        config: ConsumerConfig,
+        ledger: Ledger,
+        dead_letters: DeadLetters,
+        is_ending: Callable[[], bool],
+    ) -> None:
         """Prepare."""
+        self._is_ending = is_ending
         self._config = config
         self._agent_name = config.agent_name
         self._ledger = ledger
@@ -134,7 +144,7 @@ class Tries:
         retries = policy.max_retries if handler.max_retries is None else handler.max_retries
         attempt, first = 1, error
         while True:
-            failure = self._as_failure(slot, handler, error)
+            failure = await self._as_failure(slot, handler, error)
             if context is not None:
                 context = context.again()
                 current_context.set(context)
@@ -198,24 +208,28 @@ class Tries:
             exc_info=None if isinstance(failure, _NO_SURPRISES) else failure,
         )
 
-    def _as_failure(self, slot: Slot, handler: Handler, error: BaseException) -> BaseException:
+    async def _as_failure(
+        self, slot: Slot, handler: Handler, error: BaseException
+    ) -> BaseException:
         """Tell a handler's failure from the cancellation of the consumer."""
         timed_out = self.take_back(slot)
+        self._pass_through(slot, error)
         if slot.task is not None and slot.task.cancelling():
-            # The consumer ends; a handler that makes something else of that gets no further try
-            raise asyncio.CancelledError from error
-        if not isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-            return error
-        task = slot.task
-        if timed_out and task is not None:
+            await shed(slot.task)
+            self._pass_through(slot, error)
+        if timed_out and isinstance(error, (asyncio.CancelledError, GeneratorExit)):
             return TimeoutError(
                 f"{handler.id} ran longer than {self.limit_s(slot):g} s and was cancelled"
             )
-        if task is None:
-            raise error
-        if isinstance(error, GeneratorExit) and not _is_running(task):
-            raise error  # the slot is being closed; otherwise the handler has raised it
         return error
+
+    def _pass_through(self, slot: Slot, error: BaseException) -> None:
+        """Raise what is no failure of a handler's."""
+        if isinstance(error, GeneratorExit) and not _is_running(slot.task):
+            raise error  # the slot is being closed; otherwise the handler has raised it
+        if self._is_ending():
+            # A handler that makes something else of that gets no further try
+            raise asyncio.CancelledError from error
 
 
 def _tell_apart(error: BaseException, first: BaseException) -> None:
@@ -229,7 +243,7 @@ def _tell_apart(error: BaseException, first: BaseException) -> None:
         link = link.__context__
 
 
-def _is_running(task: asyncio.Task[None]) -> bool:
+def _is_running(task: asyncio.Task[None] | None) -> bool:
     try:
         return asyncio.current_task() is task
     except RuntimeError:

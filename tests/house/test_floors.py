@@ -25,6 +25,7 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
             {"publisher", "consumer", "workers"},
             {"live_intake"},
             {"durable_intake", "gaps", "outbox", "sharing", "slots"},
+            {"handler_watch"},
             {"tries"},
             {"committer", "consumer_config", "kept", "replay", "replay_bell", "routes"},
         ],
@@ -51,7 +52,10 @@ FLOORS: list[tuple[str, list[set[str]]]] = [
         ],
     ),
     ("1 words", [{"events", "logs", "rundir"}, {"replicas", "schemas", "topics"}]),
-    ("0 ground", [{"errors", "clock", "env", "files", "outcomes", "params", "values"}]),
+    (
+        "0 ground",
+        [{"cancelling", "clock", "env", "errors", "files", "outcomes", "params", "values"}],
+    ),
 ]
 
 # The shop window names everything and is imported by nobody inside

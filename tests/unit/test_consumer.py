@@ -432,37 +432,6 @@ async def test_an_agent_that_hears_what_it_says_hears_all_of_it(count: int, *, b
     assert consumer.ledger.lost() == 0
 
 
-async def test_a_handler_that_cancels_its_own_task_is_told_and_seen_by_the_watch(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Nobody else may stop a slot; the agent would be deaf, and look well."""
-    broker, registry = InMemoryMessageBroker(), EventHandlerRegistry()
-
-    async def rash(event: Event) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        task.cancel()
-        await asyncio.sleep(0)
-
-    consumer = EventConsumer(
-        ConsumerConfig(
-            agent_name="ear", broker=broker, handler_registry=registry, drain_timeout_s=0.05
-        )
-    )
-    await registry.register("t.x", rash, "ear", "rash")
-    await consumer.start()
-    publisher = EventPublisher(PublisherConfig(agent_name="mouth", broker=broker))
-    assert not consumer.is_stuck()
-
-    await say(publisher, 1)
-    await eventually(consumer.is_stuck)
-
-    assert "ear-slot-0 was cancelled and hears nothing any more" in caplog.text
-    await consumer.stop()
-    await publisher.close()
-    await broker.close()
-
-
 class StoppedClock(FakeClock):
     """Of a process that can be stopped as a whole."""
 
