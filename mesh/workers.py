@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import os
 import sys
@@ -63,7 +64,9 @@ class WorkerPool:
     def __init__(self, processes: int | None = None) -> None:
         """Start nothing yet."""
         self._processes = processes or min(4, os.cpu_count() or 1)
-        self._pool: aiomultiprocess.Pool | None = None
+        self._crew: _Crew | None = None
+        #: Those in which a worker is lost, while others of them are still at work.
+        self._spent: set[_Crew] = set()
 
     async def call(
         self, func: Callable[..., _Result], *args: Any, timeout_s: float = 30.0
@@ -74,65 +77,127 @@ class WorkerPool:
         Args:
             func: A module-level function.
             args: Its arguments; they travel to another process.
-            timeout_s: Limit for the call, including the start of the pool.
+            timeout_s: Limit for the call, with the start of the pool and the wait for a worker.
 
         Returns:
             What the function returned.
 
         Raises:
-            OffloadError: The function raised, or cannot travel.
+            OffloadError: The function raised, or it or what it returned cannot travel.
             OffloadTimeoutError: It did not come back in time.
+            ValueError: The limit makes no sense.
         """
+        name = getattr(func, "__qualname__", func)
+        if not 0 < timeout_s < float("inf"):
+            raise ValueError(f"timeout_s={timeout_s!r}: must be seconds above 0")
+        if inspect.iscoroutinefunction(func):
+            raise OffloadError(
+                f"{name!r} is a coroutine function; pass a plain one, which may call asyncio.run"
+            )
         try:
             packed = bytes(ForkingPickler.dumps((func, args)))
         except Exception as error:
             raise OffloadError(
-                f"{getattr(func, '__qualname__', func)!r} and its arguments cannot travel to a"
+                f"{name!r} and its arguments cannot travel to a"
                 f" worker: {error}; pass a module-level function and plain data"
             ) from error
-        pool = self._started()
         try:
             async with asyncio.timeout(timeout_s):
-                done, value, trace = await pool.apply(_run_packed, (packed,))
+                value, trace = await self._run(packed)
         except TimeoutError:
-            # The worker may be dead or still busy: neither may be handed the next call
-            await self.close()
-            raise OffloadTimeoutError(
-                f"{getattr(func, '__qualname__', func)} did not come back within {timeout_s:g} s"
-            ) from None
-        if not done:
+            raise OffloadTimeoutError(f"{name} did not come back within {timeout_s:g} s") from None
+        if isinstance(value, str):
             raise OffloadError(value, trace)
-        result: _Result = value
+        result: _Result = ForkingPickler.loads(value)
         return result
 
-    async def close(self) -> None:
-        """End the workers; can be called twice."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            workers, queues = list(pool.processes), list(pool.queues.values())
-            pool.terminate()
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(pool.join(), 5)
-            for worker in workers:
-                # Its pipe would stay open until the collector comes by; a living one refuses
-                with contextlib.suppress(ValueError):
-                    worker.aio_process.close()
-            for queue in (each for pair in queues for each in pair):
-                queue.close()
-                await asyncio.to_thread(queue.join_thread)
-            await give_manager_back()
+    async def _run(self, packed: bytes) -> tuple[bytes | str, str]:
+        while True:
+            if self._crew is None:
+                self._crew = _Crew(self._processes)
+            crew = self._crew
+            async with crew.room:
+                if crew is not self._crew:
+                    continue  # it was spent meanwhile
+                try:
+                    return await crew.run(packed)
+                finally:
+                    await self._let_go(crew)
 
-    def _started(self) -> aiomultiprocess.Pool:
-        if self._pool is None:
-            _take_manager()
-            self._pool = aiomultiprocess.Pool(
-                processes=self._processes,
-                # One task at a time: more would let one worker hoard CPU work
-                childconcurrency=1,
-                initializer=die_with_parent,
-                initargs=(os.getpid(),),
-            )
-        return self._pool
+    async def _let_go(self, crew: _Crew) -> None:
+        """Do without a crew of which a worker is lost; what the others do comes to its end."""
+        if not crew.is_spent:
+            return
+        if self._crew is crew:
+            self._crew = None
+        self._spent.add(crew)
+        if not crew.calls:
+            self._spent.discard(crew)
+            await crew.close()
+
+    async def close(self) -> None:
+        """End the workers, and the calls that are under way; can be called twice."""
+        crews = [*self._spent, *filter(None, (self._crew,))]
+        self._crew = None
+        self._spent.clear()
+        for crew in crews:
+            await crew.close()
+
+
+class _Crew:
+    """Workers that were started together; each has one call at a time."""
+
+    def __init__(self, processes: int) -> None:
+        _take_manager()
+        self._pool = aiomultiprocess.Pool(
+            processes=processes,
+            # One task at a time: more would let one worker hoard CPU work
+            childconcurrency=1,
+            initializer=die_with_parent,
+            initargs=(os.getpid(),),
+        )
+        # Who waits here can still go elsewhere
+        self.room = asyncio.Semaphore(processes)
+        self.calls: set[asyncio.Task[Any]] = set()
+        #: A worker did not come back: it is dead or busy, and must not be handed the next call.
+        self.is_spent = False
+        self._closed = False
+
+    async def run(self, packed: bytes) -> tuple[bytes | str, str]:
+        call = asyncio.create_task(self._pool.apply(_run_packed, (packed,)), name="offload")
+        self.calls.add(call)
+        try:
+            await asyncio.wait([call])
+        except asyncio.CancelledError:
+            self.is_spent = True
+            raise
+        finally:
+            self.calls.discard(call)
+            call.cancel()
+        if call.cancelled():
+            raise OffloadError("its worker was ended before it came back")
+        outcome: tuple[bytes | str, str] = call.result()
+        return outcome
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = self.is_spent = True
+        for call in self.calls:
+            call.cancel()
+        pool = self._pool
+        workers, queues = list(pool.processes), list(pool.queues.values())
+        pool.terminate()
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(pool.join(), 5)
+        for worker in workers:
+            # Its pipe would stay open until the collector comes by; a living one refuses
+            with contextlib.suppress(ValueError):
+                worker.aio_process.close()
+        for queue in (each for pair in queues for each in pair):
+            queue.close()
+            await asyncio.to_thread(queue.join_thread)
+        await give_manager_back()
 
 
 #: How many pools and processes use aiomultiprocess's one manager process.
@@ -187,10 +252,20 @@ def _run_main(unit: Any) -> None:
     sys.exit(main(*args))
 
 
-async def _run_packed(packed: bytes) -> tuple[bool, Any, str]:
-    """Run in the worker: everything comes back as data, so that no error is lost on the way."""
+async def _run_packed(packed: bytes) -> tuple[bytes | str, str]:
+    """
+    Run in the worker: everything comes back as data, so that no error is lost on the way.
+
+    Returns:
+        What the function returned, pickled; or what went wrong in words, and where.
+    """
     try:
         func, args = ForkingPickler.loads(packed)
-        return True, func(*args), ""
-    except Exception as error:  # noqa: BLE001 - goes back to the caller as text
-        return False, f"{type(error).__name__}: {error}", traceback.format_exc()
+        value = func(*args)
+    except BaseException as error:  # noqa: BLE001 - goes back to the caller as text
+        return f"{type(error).__name__}: {error}", traceback.format_exc()
+    try:
+        return bytes(ForkingPickler.dumps(value)), ""
+    except Exception as error:  # noqa: BLE001 - so does this
+        what = type(value).__name__
+        return f"what it returned, a {what}, cannot travel back: {error}", traceback.format_exc()

@@ -6,17 +6,17 @@ import asyncio
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from mesh import Agent, AgentContext, InMemoryMessageBroker
-from mesh.workers import OffloadError, OffloadTimeoutError
-from tests.plumbing.processes import environment, processes_in, running, wait_until
+from mesh.workers import OffloadError, OffloadTimeoutError, WorkerPool
+from tests.plumbing.processes import environment, eventually, processes_in, running, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Callable
 
 PARENT = """
 import asyncio, sys
@@ -65,6 +65,24 @@ def never_end() -> None:
     time.sleep(3600)
 
 
+def give_a_function() -> object:
+    return lambda: 1
+
+
+def leave() -> None:
+    sys.exit(3)
+
+
+async def not_plain() -> None:
+    pass
+
+
+def last_until(begun: str, end: str) -> str:
+    Path(begun).touch()
+    wait_until(Path(end).exists, within_s=3600)
+    return "came to its end"
+
+
 class Worker(Agent):
     """Offloads."""
 
@@ -104,6 +122,55 @@ async def test_what_offloaded_work_raises_is_told(worker: Worker) -> None:
 async def test_what_cannot_travel_is_refused_at_once(worker: Worker) -> None:
     with pytest.raises(OffloadError, match="pass a module-level function and plain data"):
         await worker.offload(lambda: 1)
+
+
+@pytest.mark.parametrize(
+    ("deed", "words"),
+    [
+        (give_a_function, "what it returned, a function, cannot travel back: Can't pickle"),
+        (leave, "SystemExit: 3"),
+        (not_plain, "is a coroutine function; pass a plain one"),
+    ],
+)
+async def test_what_cannot_come_back_is_told_at_once(
+    worker: Worker, deed: Callable[..., object], words: str
+) -> None:
+    with pytest.raises(OffloadError, match=words):
+        await worker.offload(deed, timeout_s=20)
+
+
+@pytest.mark.parametrize("limit_s", [0, -1, float("nan"), float("inf")])
+async def test_a_limit_that_makes_no_sense_is_refused(worker: Worker, limit_s: float) -> None:
+    with pytest.raises(ValueError, match="must be seconds above 0"):
+        await worker.offload(double, 1, timeout_s=limit_s)
+
+
+async def test_work_that_does_not_come_back_ends_no_other_work(tmp_path: Path) -> None:
+    pool = WorkerPool(2)
+    begun, end = tmp_path / "begun", tmp_path / "end"
+    neighbour = asyncio.create_task(pool.call(last_until, str(begun), str(end), timeout_s=30))
+    await eventually(begun.exists, within_s=20)
+
+    with pytest.raises(OffloadTimeoutError):
+        await pool.call(never_end, timeout_s=1)
+    # Neither does who waits for a worker wait for one that is lost
+    assert await pool.call(double, 4, timeout_s=20) == 8
+    end.touch()
+
+    assert await neighbour == "came to its end"
+    await pool.close()
+
+
+async def test_work_under_way_at_the_end_is_not_waited_for(tmp_path: Path) -> None:
+    pool = WorkerPool(1)
+    begun = tmp_path / "begun"
+    working = asyncio.create_task(pool.call(last_until, str(begun), "never", timeout_s=600))
+    await eventually(begun.exists, within_s=20)
+
+    await pool.close()
+
+    with pytest.raises(OffloadError, match="its worker was ended before it came back"):
+        await working
 
 
 @pytest.mark.parametrize("lost", [die, never_end])
