@@ -17,7 +17,18 @@ if TYPE_CHECKING:
 
 
 class AgentScriptError(MeshError):
-    """A script that holds no agent that can run; the last line of the message says why."""
+    """
+    A script that holds no agent that can run; the last line of the message says why.
+
+    Args:
+        script: Its path.
+        words: What is wrong with it.
+    """
+
+    def __init__(self, script: Path, words: str) -> None:
+        """Keep which script it is."""
+        self.script = script
+        super().__init__(words)
 
 
 def load_agent(script: str | Path) -> type[Agent]:
@@ -32,11 +43,12 @@ def load_agent(script: str | Path) -> type[Agent]:
     """
     path = Path(script)
     if not path.is_file():
-        raise AgentScriptError(f"{path}: no such file")
+        raise AgentScriptError(path, f"{path}: no such file")
     try:
         module = _import(path)
     except Exception as error:
-        raise AgentScriptError(f"{path} cannot be imported:\n{_last_words(error)}") from error
+        words = f"{path} cannot be imported:\n{words_with_place(error)}"
+        raise AgentScriptError(path, words) from error
     found = [
         value
         for value in vars(module).values()
@@ -46,14 +58,14 @@ def load_agent(script: str | Path) -> type[Agent]:
         and not value.__name__.startswith("_")
     ]
     if not found:
-        raise AgentScriptError(
-            f"{path}: no agent class; write `class {path.stem.title().replace('_', '')}(Agent):`"
-        )
+        kind = path.stem.title().replace("_", "")
+        raise AgentScriptError(path, f"{path}: no agent class; write `class {kind}(Agent):`")
     # A base class beside its only child is a common way to write agents
     leaves = [one for one in found if not any(one in other.__mro__[1:] for other in found)]
     if len(leaves) > 1:
         names = ", ".join(one.__name__ for one in leaves)
-        raise AgentScriptError(f"{path}: {len(leaves)} agent classes ({names}); one a script")
+        words = f"{path}: {len(leaves)} agent classes ({names}); one a script"
+        raise AgentScriptError(path, words)
     return leaves[0]
 
 
@@ -94,13 +106,13 @@ def _is_found_at(name: str, path: Path) -> bool:
     return found is not None and found.origin is not None and path.samefile(found.origin)
 
 
-def _last_words(error: Exception) -> str:
+def words_with_place(error: BaseException) -> str:
     """Give an error in words; its place ends the last line, which is all that some faces show."""
     words = "".join(traceback.format_exception_only(error)).strip()
     return f"{words} ({_place_of(error)})"
 
 
-def _place_of(error: Exception) -> str:
+def _place_of(error: BaseException) -> str:
     """Name the innermost line of the project's own code that an error went through."""
     if isinstance(error, SyntaxError) and error.filename is not None:
         places = [(Path(error.filename), error.lineno)]

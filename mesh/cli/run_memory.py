@@ -7,17 +7,19 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from mesh.cli import say
+from mesh.cli.exits import AgentFailedError
 from mesh.cli.report import by_reason, make_report
 from mesh.cli.signals import stop_signals, unless
 from mesh.cli.watching import LOOK_S, Watch
 from mesh.dead_letter_queue import DeadLetterQueue
-from mesh.errors import ConfigurationError, MeshError
+from mesh.errors import ConfigurationError, MeshError, words_of
 from mesh.inprocess import InProcessMesh
+from mesh.loading import AgentScriptError, words_with_place
 from mesh.logs import set_up_logging
 from mesh.supervision.conf import programs_of, script_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from mesh.cli.place import Place
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Asks the portfolio for its account.
 REPORT_REQUESTED = "portfolio.report.requested"
+#: Follows the words of an agent that does not start.
+GIVEN_UP = "the run was given up: not all agents started"
 
 
 async def run_memory(
@@ -38,15 +42,14 @@ async def run_memory(
 
     Raises:
         ConfigurationError: An agent is unknown, or refuses its settings.
-        AgentScriptError: A script holds no agent that can run.
+        AgentFailedError: An agent did not start.
     """
     scripts = scripts_of(place.project, agents)
     close_log = set_up_logging("run", None, "WARNING")
     try:
         # Scripts import each other's payloads by the dotted name from the project
         with contextlib.chdir(place.project), stop_signals() as stop:
-            mesh = InProcessMesh(scripts, params=params, config=config)
-            return await _run(mesh, stop)
+            return await _run(_make(scripts, params, config), stop)
     finally:
         close_log()
 
@@ -85,7 +88,8 @@ async def _run(mesh: InProcessMesh, stop: asyncio.Event) -> dict[str, Any]:
     hears = {name: frozenset(agent.hears()) for name, agent in mesh.agents.items()}
     try:
         with Watch(mesh.views, lambda: hears) as watch:
-            async with mesh:
+            async with contextlib.AsyncExitStack() as until_closed:
+                await _open(mesh, until_closed)
                 quiet, problems = await _until_quiet(mesh, watch, stop)
                 report = make_report(
                     mesh.views(),
@@ -106,6 +110,39 @@ async def _run(mesh: InProcessMesh, stop: asyncio.Event) -> dict[str, Any]:
     return report
 
 
+def _make(
+    scripts: Sequence[Path], params: Mapping[str, str], config: MessageBusConfig
+) -> InProcessMesh:
+    try:
+        return InProcessMesh(scripts, params=params, config=config)
+    except AgentScriptError as error:
+        raise _not_started(error.script.stem, str(error)) from error
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        # Its own `__init__`; which agent's, only the place can tell
+        raise _not_started(None, words_with_place(error)) from error
+
+
+async def _open(mesh: InProcessMesh, until_closed: contextlib.AsyncExitStack) -> None:
+    """Open all agents; one that cannot start ends the run in the words of a run over processes."""
+    try:
+        await until_closed.enter_async_context(mesh)
+    except Exception as error:
+        first = _leaf(error)
+        if isinstance(first, ConfigurationError):
+            raise first from None
+        # One is opened after the other: the last that has begun is the one
+        name = [name for name, view in mesh.views().items() if view.state != "absent"][-1]
+        words = str(first) if isinstance(first, MeshError) else words_with_place(first)
+        raise _not_started(name, words) from error
+
+
+def _not_started(name: str | None, words: str) -> AgentFailedError:
+    *_, last = words.splitlines() or [""]
+    return AgentFailedError(f"{f'{name}: {last}' if name else last}\n{GIVEN_UP}")
+
+
 async def _until_quiet(
     mesh: InProcessMesh, watch: Watch, stop: asyncio.Event
 ) -> tuple[bool, dict[str, str]]:
@@ -116,7 +153,7 @@ async def _until_quiet(
         if await unless(stop, mesh.sources_done()):
             quiet = await unless(stop, mesh.quiet())
     except Exception as error:  # noqa: BLE001 - an agent's own failure is told by the report
-        problems[_failed_source(mesh)] = _words(error)
+        problems[_failed_source(mesh)] = words_of(_leaf(error))
     finally:
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
@@ -159,7 +196,7 @@ def _failed_source(mesh: InProcessMesh) -> str:
     return next((name for name, state in states.items() if state == "failed"), "mesh")
 
 
-def _words(error: BaseException) -> str:
+def _leaf(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"
+    return error

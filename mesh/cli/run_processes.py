@@ -13,7 +13,7 @@ from mesh.card import read_cards
 from mesh.cli import say
 from mesh.cli.exits import AgentFailedError
 from mesh.cli.report import by_reason, make_report
-from mesh.cli.run_memory import REPORT_REQUESTED
+from mesh.cli.run_memory import GIVEN_UP, REPORT_REQUESTED
 from mesh.cli.signals import stop_signals, unless
 from mesh.cli.starting import ready, tell_failures
 from mesh.cli.watching import Watch
@@ -166,7 +166,7 @@ class _Run:
                 for name in failed:
                     if _last_exit_status(self._rundir, name) == EXIT_CONFIGURATION:
                         raise ConfigurationError(f"{name} refuses the configuration, as said above")
-                raise AgentFailedError("the run was given up: not all agents started")
+                raise AgentFailedError(GIVEN_UP)
         finally:
             for task in (waiting, guarding):
                 task.cancel()
@@ -207,7 +207,7 @@ class _Run:
         words = f"{program.name}: {last_words(self._rundir, program)}"
         if _last_exit_status(self._rundir, program.name) == EXIT_CONFIGURATION:
             raise ConfigurationError(words)
-        raise AgentFailedError(f"{words}\nthe run was given up: not all agents started")
+        raise AgentFailedError(f"{words}\n{GIVEN_UP}")
 
     async def _end_sources(self) -> None:
         for name, view in self._views().items():

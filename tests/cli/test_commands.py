@@ -189,8 +189,11 @@ def test_a_script_that_does_not_load_is_told_with_its_line(
 
     refused = run_mesh("run", "--memory", cwd=project)
 
-    assert refused.code == 1
-    assert refused.err.splitlines()[-1].endswith(words)
+    assert refused.code == 70
+    told, given_up = refused.err.splitlines()
+    assert told.startswith("broken: ")
+    assert told.endswith(words)
+    assert given_up == "the run was given up: not all agents started"
 
 
 def test_a_run_names_parameters_that_no_agent_has_read(project: Path) -> None:
