@@ -55,7 +55,7 @@ def make_report(
         portfolio: Its account; empty when there is none.
         seconds: From the first event to the last.
         settled: What no subscriber has seen by now is lost.
-        problems: What was wrong, by agent.
+        problems: How agents have failed. That a handler did is none: its event was put aside.
     """
     joined = account(views, hears, settled=settled)
     by_type = work_published(views)
@@ -76,6 +76,7 @@ def make_report(
         "bad_rows": sum(view.dropped.get("bad_rows", 0) for view in views.values()),
         "lost": joined.lost,
         "lost_by_link": joined.lost_by_link,
+        "failed_agents": sorted(problems),
         "agents": {name: _agent(view, problems.get(name)) for name, view in views.items()},
     }
 
@@ -140,6 +141,8 @@ def _positions(positions: object) -> str | None:
 
 
 def _agent(view: LedgerView, problem: str | None) -> dict[str, Any]:
+    if problem is None and view.failed:
+        problem = f"{say.counted(view.failed, 'event')} could not be handled"
     return {
         "state": view.state,
         "restarts": max(0, view.incarnation - 1),

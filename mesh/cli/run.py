@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -57,7 +57,8 @@ def run(
     the run's own: `MESH_JOURNAL=run mesh dlq ls` lists it until the next run begins.
 
     Exit code 0 when every agent was fine, nothing was lost and nothing put aside as a dead letter,
-    1 when something was, 70 when an agent failed.
+    1 when something was (an event that a handler failed with is), 70 when an agent failed: it did
+    not start, its source raised, or it was given up.
 
     \b
     Example:
@@ -91,9 +92,15 @@ def run(
         say.note(f"param {name}: no agent has asked for it; is it misspelt?", "yellow")
     if report["dead_letters"]:
         _tell_dead_letters(sum(report["dead_letters"].values()), directory, memory=memory)
-    if any(each["problem"] for each in report["agents"].values()):
-        sys.exit(EXIT_BUG)
-    sys.exit(EXIT_WRONG if report["lost"] or report["dead_letters"] != {} else 0)
+    sys.exit(_code_of(report))
+
+
+def _code_of(report: Mapping[str, Any]) -> int:
+    if report["failed_agents"]:
+        return EXIT_BUG
+    # An event that a handler failed with is a dead letter, whatever became of that since
+    unhandled = any(each["failed"] for each in report["agents"].values())
+    return EXIT_WRONG if report["lost"] or report["dead_letters"] != {} or unhandled else 0
 
 
 def _tell_dead_letters(count: int, directory: str | None, *, memory: bool) -> None:

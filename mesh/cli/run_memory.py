@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from mesh.cli import say
 from mesh.cli.exits import AgentFailedError
 from mesh.cli.report import by_reason, make_report
 from mesh.cli.signals import stop_signals, unless
@@ -97,7 +96,7 @@ async def _run(mesh: InProcessMesh, stop: asyncio.Event) -> dict[str, Any]:
                     await _portfolio(mesh),
                     seconds=watch.seconds,
                     settled=quiet,
-                    problems={**_failures(mesh), **problems},
+                    problems=problems,
                 ) | {
                     "dead_letters": await _dead_letters(mesh),
                     "params_unread": sorted(mesh.params.keys() - mesh.params.read),
@@ -181,14 +180,6 @@ async def _dead_letters(mesh: InProcessMesh) -> dict[str, int]:
     for agent in mesh.agents.values():
         await agent.consumer.dead_letters.written()
     return by_reason(await DeadLetterQueue(await mesh.broker.open_journal()).groups())
-
-
-def _failures(mesh: InProcessMesh) -> dict[str, str]:
-    return {
-        name: f"{say.counted(view.failed, 'event')} could not be handled"
-        for name, view in mesh.views().items()
-        if view.failed
-    }
 
 
 def _failed_source(mesh: InProcessMesh) -> str:

@@ -259,8 +259,6 @@ class _Run:
                 problems[program.name] = f"{program.state}: {last_words(self._rundir, program)}"
             elif view is not None and view.sources == "failed":
                 problems[program.name] = "its source failed"
-            elif view is not None and view.failed:
-                problems[program.name] = f"{say.counted(view.failed, 'event')} could not be handled"
         return problems
 
 

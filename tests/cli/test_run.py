@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -30,6 +31,25 @@ class Broken(Agent):
 
 if __name__ == "__main__":
     run(Broken)
+"""
+
+
+#: A source, and a handler that cannot handle what it says.
+STALL = """
+from mesh import Agent, Event, Reject, on, run, source
+
+class Stall(Agent):
+    @on("stall.order", max_retries=0)
+    async def fill(self, event: Event) -> None:
+        {}
+
+    @source
+    async def speak(self) -> None:
+        await self.publish("stall.order", {{}})
+        {}
+
+if __name__ == "__main__":
+    run(Stall)
 """
 
 
@@ -74,3 +94,37 @@ def test_an_agent_that_cannot_start_ends_a_run_in_memory_by_a_line(
     told, given_up = refused.err.splitlines()
     assert words in told
     assert given_up == "the run was given up: not all agents started"
+
+
+@pytest.mark.parametrize(
+    ("handler", "source", "code", "failed"),
+    [
+        ("pass", "pass", 0, []),
+        ("raise ValueError", "pass", 1, []),
+        ("raise Reject('no stock')", "pass", 1, []),
+        ("pass", "raise ValueError", 70, ["stall"]),
+        ("raise ValueError", "raise ValueError", 70, ["stall"]),
+    ],
+)
+def test_what_was_put_aside_is_no_failure_of_its_agent(
+    tmp_path: Path, handler: str, source: str, code: int, failed: list[str]
+) -> None:
+    write(tmp_path, stall=STALL.format(handler, source))
+
+    ended = run_mesh("run", "--memory", "--json", cwd=tmp_path)
+
+    report = json.loads(ended.out)
+    assert (ended.code, report["failed_agents"]) == (code, failed), ended
+    if code == 1:
+        assert sum(report["dead_letters"].values()) == 1
+        assert report["agents"]["stall"]["problem"] == "1 event could not be handled"
+
+
+@pytest.mark.acceptance
+def test_what_was_put_aside_is_no_failure_of_a_process(tmp_path: Path) -> None:
+    write(tmp_path, stall=STALL.format("raise ValueError", "pass"))
+
+    ended = run_mesh("run", cwd=tmp_path)
+
+    assert ended.code == 1, ended
+    assert "stall: 1 event could not be handled" in ended.out

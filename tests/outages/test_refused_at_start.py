@@ -152,5 +152,6 @@ def test_live_events_need_no_more_than_it_gives(forgetful: RedisServer, tmp_path
 
     ended = run_mesh("run", "--json", cwd=tmp_path)
 
-    assert '"1 event could not be handled"' in ended.out, ended
+    assert ended.code == 1, ended
+    assert '"1 event could not be handled"' in ended.out
     assert "Traceback" not in ended.err
