@@ -24,6 +24,7 @@ from mesh.cli.place import (
 from mesh.cli.report import show_report
 from mesh.config import MessageBusConfig
 from mesh.errors import EXIT_BUG, ConfigurationError
+from mesh.supervision.conf import programs_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @param_option
 @json_option
 @directory_option
+@click.option("--fallback", hidden=True, type=click.Path(path_type=Path))
 def run(
     csv: str | None,
     speed: str | None,
@@ -47,6 +49,7 @@ def run(
     params: Mapping[str, str],
     json_form: bool,
     directory: str | None,
+    fallback: Path | None,
 ) -> None:
     """
     Run the pipeline on a CSV file or an invented market; print the report.
@@ -66,7 +69,9 @@ def run(
       mesh run --csv usdjpy.csv --param symbol=USDJPY     [default: BTCUSD]
       mesh run --bars 5000 --memory --json
     """  # noqa: D301
-    place = Place.find(directory, fallback=Path(__file__).resolve().parents[2])
+    # scripts/run brings its own project along, for where there is none around
+    place = Place.find(directory, fallback=fallback)
+    programs_of(place.project)
     problems, pipeline = _pipeline_params(csv, speed, bars)
     try:
         # Memory needs no run directory

@@ -112,12 +112,13 @@ def test_a_parameter_must_be_a_pair(text: str) -> None:
     assert call("run", "--param", text).exit_code == 2
 
 
+@pytest.mark.parametrize("words", ["up -d", "run", "run --memory --bars 10"])
 def test_a_start_without_a_project_leaves_nothing(
-    tmp_path: Path, own_mesh_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, own_mesh_dir: Path, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    refused = call("up", "-d")
+    refused = call(*words.split())
 
     assert refused.exit_code == 78
     assert "begin one: mesh init" in refused.output

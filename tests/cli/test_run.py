@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.project import write_project
-from tests.plumbing.processes import run_mesh
+from tests.plumbing.processes import ROOT, run_mesh, run_program
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,3 +128,15 @@ def test_what_was_put_aside_is_no_failure_of_a_process(tmp_path: Path) -> None:
 
     assert ended.code == 1, ended
     assert "stall: 1 event could not be handled" in ended.out
+
+
+def test_the_script_runs_the_example_from_anywhere(tmp_path: Path) -> None:
+    if not (ROOT / ".venv" / ".set-up").exists():
+        pytest.skip("this environment was made by hand")
+    (tmp_path / "ticks.csv").write_text("2024-01-01T00:00:00Z,1,2\n")
+
+    ended = run_program(ROOT / "scripts" / "run", "--csv", "ticks.csv", "--memory", cwd=tmp_path)
+
+    assert ended.code == 0, ended
+    assert "market.data.received  1" in ended.out
+    assert [path.name for path in tmp_path.iterdir()] == ["ticks.csv"]
