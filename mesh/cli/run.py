@@ -72,7 +72,7 @@ def run(
     # scripts/run brings its own project along, for where there is none around
     place = Place.find(directory, fallback=fallback)
     programs_of(place.project)
-    problems, pipeline = _pipeline_params(csv, speed, bars)
+    problems, options = _pipeline_params(csv, speed, bars)
     try:
         # Memory needs no run directory
         config = MessageBusConfig.from_env() if memory else checked_settings(place.rundir)
@@ -80,7 +80,9 @@ def run(
         raise ConfigurationError([*problems, *error.problems]) from None
     if problems:
         raise ConfigurationError(problems)
-    given = {**params, **pipeline}
+    # So many quotes are wanted, not the time that they would take
+    implied = {} if bars is None else {"speed": "max"}
+    given = {**implied, **params, **options}
     if memory:
         from mesh.cli.run_memory import run_memory
 
@@ -89,12 +91,17 @@ def run(
         from mesh.cli.run_processes import run_processes
 
         report = asyncio.run(run_processes(place, config, agents, given))
+    said = params.keys() | options.keys()
+    report["params_unread"] = [name for name in report["params_unread"] if name in said]
     if json_form:
         say.as_json(report)
     else:
         show_report(report)
     for name in report["params_unread"]:
-        say.note(f"param {name}: no agent has asked for it; is it misspelt?", "yellow")
+        if name in options:
+            say.note(f"--{name}: none of the agents that ran here reads it", "yellow")
+        else:
+            say.note(f"param {name}: no agent has asked for it; is it misspelt?", "yellow")
     if report["dead_letters"]:
         _tell_dead_letters(sum(report["dead_letters"].values()), directory, memory=memory)
     sys.exit(_code_of(report))
@@ -134,7 +141,7 @@ def _pipeline_params(
     if csv is not None and bars is not None:
         problems.append("--bars is for the invented market; leave it out with --csv")
     if bars is not None:
-        params |= {"bars": str(bars), "speed": "max"}
+        params["bars"] = str(bars)
     if speed is not None:
         if not _is_speed(speed):
             problems.append(f"--speed {speed}: must be max, or a number above 0")

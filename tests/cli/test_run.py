@@ -53,6 +53,9 @@ if __name__ == "__main__":
 """
 
 
+IN_VAIN = "--bars: none of the agents that ran here reads it"
+
+
 def write(project: Path, **scripts: str) -> None:
     """Write a project of these agents."""
     folder = project / "written"
@@ -128,6 +131,27 @@ def test_what_was_put_aside_is_no_failure_of_a_process(tmp_path: Path) -> None:
 
     assert ended.code == 1, ended
     assert "stall: 1 event could not be handled" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("words", "unread", "told"),
+    [
+        ("--bars 9", ["bars"], [IN_VAIN]),
+        ("--bars 9 --param speed=2", ["bars"], [IN_VAIN]),
+        ("--speed 2 --param x=1", ["x"], ["param x: no agent has asked for it; is it misspelt?"]),
+    ],
+)
+def test_only_what_was_given_can_be_given_in_vain(
+    tmp_path: Path, words: str, unread: list[str], told: list[str]
+) -> None:
+    reads = "assert self.params['speed'] == '2'" if "speed" in words else "pass"
+    write(tmp_path, stall=STALL.format("pass", reads))
+
+    ended = run_mesh("run", "--memory", "--json", *words.split(), cwd=tmp_path)
+
+    assert ended.code == 0, ended
+    assert json.loads(ended.out)["params_unread"] == unread
+    assert ended.err.splitlines() == told
 
 
 def test_the_script_runs_the_example_from_anywhere(tmp_path: Path) -> None:
