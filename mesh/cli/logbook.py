@@ -86,6 +86,17 @@ def logs(names: tuple[str, ...], follow: bool, lines: int, directory: str | None
             each.close()
 
 
+def warnings_since(path: Path, moment_s: float) -> list[str]:
+    """Give the lines of a log that have warned of something since a moment."""
+    followed = Followed(path)
+    try:
+        entries = followed.history()
+    finally:
+        followed.close()
+    heads = [entry.text.partition("\n")[0] for entry in entries if entry.time >= _iso(moment_s)]
+    return [head for head in heads if head.split(" ")[1:2] == ["WARNING"]]
+
+
 class Followed:
     """
     One file that is written to; it may be renamed or cut by a rotation.

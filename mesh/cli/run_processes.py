@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.card import read_cards
 from mesh.cli import say
 from mesh.cli.exits import AgentFailedError
+from mesh.cli.logbook import warnings_since
 from mesh.cli.report import by_reason, make_report
 from mesh.cli.run_memory import GIVEN_UP, REPORT_REQUESTED
 from mesh.cli.signals import stop_signals, unless
@@ -44,6 +46,8 @@ _ASKER = "mesh-run"
 _GUARD_S = 0.2
 #: A run keeps its durable events and dead letters apart: they are no part of what `mesh up` keeps.
 _JOURNAL = "run"
+#: Of an agent that has skipped rows: enough for the first of them and how many there were.
+_TOLD_WARNINGS = 25
 
 
 async def run_processes(
@@ -61,6 +65,7 @@ async def run_processes(
         AgentFailedError: An agent did not start.
     """
     rundir = place.rundir
+    began_s = time.time()
     with stop_signals() as stop:
         await boot.up(
             place.project,
@@ -79,12 +84,26 @@ async def run_processes(
             await run.close()
             with contextlib.suppress(SupervisorError):
                 await boot.down(rundir)
+    _tell_bad_rows(rundir, report, began_s)
     # Not before the agents have ended: until then they may still write letters out
     read = {name for card in read_cards(rundir).values() for name in card.params_read}
     return report | {
         "dead_letters": await _dead_letters(config, rundir),
         "params_unread": sorted(params.keys() - read),
     }
+
+
+def _tell_bad_rows(rundir: RunDir, report: Mapping[str, Any], since_s: float) -> None:
+    """Say what agents have logged of the rows that they skipped; in memory it is seen anyway."""
+    for name, agent in report["agents"].items():
+        if not agent["dropped"].get("bad_rows"):
+            continue
+        warnings = warnings_since(rundir.log(name), since_s)
+        for line in warnings[:_TOLD_WARNINGS]:
+            say.note(line)
+        if len(warnings) > _TOLD_WARNINGS:
+            more = say.counted(len(warnings) - _TOLD_WARNINGS, "more warning")
+            say.note(f"{more}: mesh logs {name}")
 
 
 async def _dead_letters(config: MessageBusConfig, rundir: RunDir) -> dict[str, int] | None:

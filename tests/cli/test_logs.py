@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner, Result
 
-from mesh.cli.logbook import Followed
+from mesh.cli.logbook import Followed, warnings_since
 from mesh.cli.main import cli
 
 if TYPE_CHECKING:
@@ -33,6 +34,23 @@ def test_logs_merge_by_time(rundir: Path) -> None:
     assert [line.split("agent=")[-1][:3] for line in shown[::2]] == ["two", "one"]
     assert shown[1] == "two:     more of two"
     assert call("logs", "nobody").exit_code == 2
+
+
+def test_what_a_log_has_warned_of_is_given_from_a_moment_on(rundir: Path) -> None:
+    folder = rundir / "log"
+    folder.mkdir()
+    lines = [
+        f"2026-01-01T00:00:0{second}.000Z {level} agent=one x: hi\n    and more\n"
+        for second, level in enumerate(("WARNING", "INFO", "WARNING", "ERROR", "WARNING"))
+    ]
+    (folder / "one.log.1").write_text("".join(lines[:3]))
+    (folder / "one.log").write_text("".join(lines[3:]))
+    begun_s = datetime(2026, 1, 1, 0, 0, 1, tzinfo=UTC).timestamp()
+
+    assert warnings_since(folder / "one.log", begun_s) == [
+        lines[2].split("\n")[0], lines[4].split("\n")[0]
+    ]  # fmt: skip
+    assert warnings_since(folder / "two.log", begun_s) == []
 
 
 def test_a_printed_line_is_counted_and_named_by_itself(rundir: Path) -> None:

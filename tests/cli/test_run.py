@@ -53,6 +53,8 @@ if __name__ == "__main__":
 """
 
 
+MOMENT = "2024-01-01T00:00:00Z"
+TICKS = f"timestamp,bid,ask\n{MOMENT},1,2\n"
 IN_VAIN = "--bars: none of the agents that ran here reads it"
 
 
@@ -157,10 +159,30 @@ def test_only_what_was_given_can_be_given_in_vain(
 def test_the_script_runs_the_example_from_anywhere(tmp_path: Path) -> None:
     if not (ROOT / ".venv" / ".set-up").exists():
         pytest.skip("this environment was made by hand")
-    (tmp_path / "ticks.csv").write_text("2024-01-01T00:00:00Z,1,2\n")
+    (tmp_path / "ticks.csv").write_text(TICKS)
 
     ended = run_program(ROOT / "scripts" / "run", "--csv", "ticks.csv", "--memory", cwd=tmp_path)
 
     assert ended.code == 0, ended
     assert "market.data.received  1" in ended.out
     assert [path.name for path in tmp_path.iterdir()] == ["ticks.csv"]
+
+
+@pytest.mark.acceptance
+def test_bad_rows_are_told_with_their_lines(project: Path) -> None:
+    """Over processes as well, where the agent says so in its log; of earlier runs nothing."""
+    path = project / "ticks.csv"
+    options = ("--csv", path, "--agents", "market_data", "--json")
+    path.write_text(TICKS + "yesterday,1,2\n")
+    run_mesh("run", *options, cwd=project)
+    path.write_text(TICKS + "\n" + f"{MOMENT},nan,2\n" * 30)
+
+    many = run_mesh("run", *options, cwd=project)
+    one = run_mesh("run", "--memory", *options, cwd=project)
+
+    assert json.loads(many.out)["bad_rows"] == 30
+    for ended in (many, one):
+        told = [line.partition(": skipped ")[2] for line in ended.err.splitlines()]
+        assert [each for each in told if each] == [
+            *(f"line {number}: bid nan is no price" for number in range(4, 24)), "30 of 31 rows"
+        ]  # fmt: skip
