@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.agent import Agent, AgentContext
 from mesh.beats import Beat, BeatSender
 from mesh.card import Card, write_card
-from mesh.errors import EXIT_BUG, BrokerUnavailableError, ConfigurationError, MeshError
+from mesh.errors import EXIT_BUG, BrokerUnavailableError, ConfigurationError, MeshError, words_of
 from mesh.events import EventType, is_downgraded, is_durable
 from mesh.factory import make_broker
 from mesh.ledger import SOURCES, STATES, Ledger
@@ -207,7 +207,7 @@ class AgentProcess:
             if isinstance(failure, BaseExceptionGroup) and failure.subgroup(ConfigurationError):
                 raise first_leaf(failure.subgroup(ConfigurationError))
             _log.error("%s failed and ends", agent.name, exc_info=failure)
-            print(f"{type(failure).__name__}: {first_leaf(failure)}", file=sys.stderr)  # noqa: T201
+            print(words_of(first_leaf(failure)), file=sys.stderr)  # noqa: T201
             return EXIT_BUG
         return 0
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 #: Asks the portfolio for its account.
 REPORT_REQUESTED = "portfolio.report.requested"
+SOURCE_FAILED = "its source failed"
 #: Follows the words of an agent that does not start.
 GIVEN_UP = "the run was given up: not all agents started"
 
@@ -152,7 +153,7 @@ async def _until_quiet(
         if await unless(stop, mesh.sources_done()):
             quiet = await unless(stop, mesh.quiet())
     except Exception as error:  # noqa: BLE001 - an agent's own failure is told by the report
-        problems[_failed_source(mesh)] = words_of(_leaf(error))
+        problems[_failed_source(mesh)] = f"{SOURCE_FAILED}: {words_of(_leaf(error))}"
     finally:
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)

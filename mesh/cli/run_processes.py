@@ -15,7 +15,7 @@ from mesh.cli import say
 from mesh.cli.exits import AgentFailedError
 from mesh.cli.logbook import warnings_since
 from mesh.cli.report import by_reason, make_report
-from mesh.cli.run_memory import GIVEN_UP, REPORT_REQUESTED
+from mesh.cli.run_memory import GIVEN_UP, REPORT_REQUESTED, SOURCE_FAILED
 from mesh.cli.signals import stop_signals, unless
 from mesh.cli.starting import ready, tell_failures
 from mesh.cli.watching import Watch
@@ -27,7 +27,7 @@ from mesh.ledger_views import LedgerView, read_ledgers
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester
 from mesh.supervision import boot
-from mesh.supervision.boot import last_words
+from mesh.supervision.boot import last_printed, last_words
 from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.declaring import durable_topics, look_at_scripts
 from mesh.supervision.supervisord import SupervisorClient, SupervisorError
@@ -84,6 +84,7 @@ async def run_processes(
             await run.close()
             with contextlib.suppress(SupervisorError):
                 await boot.down(rundir)
+    _add_last_words(rundir, report)
     _tell_bad_rows(rundir, report, began_s)
     # Not before the agents have ended: until then they may still write letters out
     read = {name for card in read_cards(rundir).values() for name in card.params_read}
@@ -91,6 +92,13 @@ async def run_processes(
         "dead_letters": await _dead_letters(config, rundir),
         "params_unread": sorted(params.keys() - read),
     }
+
+
+def _add_last_words(rundir: RunDir, report: Mapping[str, Any]) -> None:
+    """Say what sources failed with, which they print when the report is made already."""
+    for name, agent in report["agents"].items():
+        if agent["problem"] == SOURCE_FAILED and (words := last_printed(rundir, name)):
+            agent["problem"] += f": {words}"
 
 
 def _tell_bad_rows(rundir: RunDir, report: Mapping[str, Any], since_s: float) -> None:
@@ -148,6 +156,7 @@ class _Run:
         self._stop = stop
         self._client = SupervisorClient(rundir.socket("supervisor"))
         self._quiet = False
+        self._failed_sources: set[str] = set()
         self._journal: Journal | None = None
 
     async def close(self) -> None:
@@ -206,6 +215,8 @@ class _Run:
 
     async def _work(self, watch: Watch) -> None:
         await watch.sources_done()
+        # Noted at once: a successor begins with a new state
+        self._failed_sources = {n for n, view in self._views().items() if view.sources == "failed"}
         self._quiet = await watch.quiet()
 
     async def _guard(self, *, at_start: bool = False) -> ProcessInfo:
@@ -276,8 +287,10 @@ class _Run:
                 continue
             if program.has_given_up:
                 problems[program.name] = f"{program.state}: {last_words(self._rundir, program)}"
-            elif view is not None and view.sources == "failed":
-                problems[program.name] = "its source failed"
+            elif program.name in self._failed_sources or (
+                view is not None and view.sources == "failed"
+            ):
+                problems[program.name] = SOURCE_FAILED
         return problems
 
 

@@ -196,17 +196,24 @@ def program_state(rundir: RunDir, program: ProcessInfo) -> ProgramState:
 
 def last_words(rundir: RunDir, program: ProcessInfo) -> str:
     """Give the last line a failed program printed, or what supervisord says of it."""
-    with contextlib.suppress(OSError):
-        text = rundir.output(program.name).read_text(errors="replace")
-        # The frame that Python draws around the errors of a group says nothing
-        lines = [words for line in text.splitlines() if (words := line.strip(" \t|+-"))]
-        if lines:
-            return lines[-1]
+    if printed := last_printed(rundir, program.name):
+        return printed
     if program.spawn_error:
         return program.spawn_error
     if program.state == "STARTING":
         return "is being started again"
     return f"ended at once with exit code {program.exit_status}, without a word"
+
+
+def last_printed(rundir: RunDir, name: str) -> str:
+    """Give the last line that a program printed; nothing when there is none."""
+    try:
+        text = rundir.output(name).read_text(errors="replace")
+    except OSError:
+        return ""
+    # The frame that Python draws around the errors of a group says nothing
+    lines = [words for line in text.splitlines() if (words := line.strip(" \t|+-"))]
+    return lines[-1] if lines else ""
 
 
 def last_warning(rundir: RunDir, program: ProcessInfo) -> str:

@@ -169,6 +169,17 @@ def test_the_script_runs_the_example_from_anywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.acceptance
+@pytest.mark.parametrize("where", [(), ("--memory",)], ids=["processes", "memory"])
+def test_what_a_source_raised_is_told(tmp_path: Path, where: tuple[str, ...]) -> None:
+    write(tmp_path, stall=STALL.format("pass", "raise RuntimeError('no stock')"))
+
+    ended = run_mesh("run", *where, cwd=tmp_path)
+
+    assert ended.code == 70, ended
+    assert ended.out.splitlines()[-1] == "stall: its source failed: RuntimeError: no stock"
+
+
+@pytest.mark.acceptance
 def test_bad_rows_are_told_with_their_lines(project: Path) -> None:
     """Over processes as well, where the agent says so in its log; of earlier runs nothing."""
     path = project / "ticks.csv"
