@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--csv", metavar="FILE", help="Ticks or bars.  [default: an invented market]")
-@click.option("--speed", metavar="X", help="1: real time; N: N times as fast; max: no waiting.")
+@click.option(
+    "--speed", metavar="X",
+    help="1: real time; N: N times as fast; max: no waiting.  [default: max with --csv or --bars,"
+    " else 1]",
+)  # fmt: skip
 @click.option("--bars", type=click.IntRange(min=1), help="End the invented market after N quotes.")
 @click.option("--memory", is_flag=True, help="All agents in this process, on the memory fabric.")
 @agents_option

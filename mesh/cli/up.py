@@ -61,6 +61,10 @@ def up(
     does not answer (with -d the mesh runs on and waits for it), 70 when an agent failed (the others
     run), 75 when a mesh runs in this directory already, 78 when the configuration cannot be used.
 
+    Parameters and their defaults are the agents' own. The example reads csv (default: an invented
+    market) and speed, which is 1 for real time, N for N times as fast, or max (default: max with
+    csv, else 1).
+
     \b
     Example:
       mesh up -d --param csv=bars.csv --param speed=max

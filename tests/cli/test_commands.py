@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import tomllib
@@ -44,6 +45,13 @@ def test_every_command_teaches_with_an_example(name: str) -> None:
     assert shown.exit_code == 0
     assert "Example:" in shown.output
     assert f"mesh {name}" in shown.output
+
+
+@pytest.mark.parametrize("name", ["run", "up"])
+def test_help_tells_how_fast_a_market_goes_by_default(name: str) -> None:
+    shown = " ".join(call(name, "--help").output.split())
+
+    assert re.search(r"default: max with (--csv or --bars|csv), else 1", shown)
 
 
 def test_help_loads_no_command() -> None:
