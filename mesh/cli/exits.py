@@ -35,7 +35,7 @@ MEANINGS = {
     EXIT_BUG: "an agent failed",
     EXIT_FILE: "a file cannot be written: the disk is full, or not yours to write on",
     EXIT_LOCKED: "a mesh runs in this directory already",
-    EXIT_CONFIGURATION: "the configuration cannot be used; nothing was started",
+    EXIT_CONFIGURATION: "the configuration cannot be used; the words say what",
     EXIT_INTERRUPTED: "interrupted",
 }
 
