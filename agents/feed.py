@@ -27,6 +27,20 @@ _TIME_NAMES = ("timestamp", "time", "datetime", "date", "ts", "open_time")
 _TICK = ("bid", "ask")
 _BAR = ("open", "high", "low", "close")
 _DELIMITERS = ",;\t|"
+#: How files begin that are no text, or none that is read here, and what they are.
+_NO_TEXT = {
+    b"\x1f\x8b": "is compressed by gzip; unpack it first",
+    b"BZh91AY&SY": "is compressed by bzip2; unpack it first",
+    b"\xfd7zXZ\x00": "is compressed by xz; unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it first",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet; unpack it, or save it as CSV",
+    b"\xff\xfe": "is no text in UTF-8 but in UTF-16; save it as UTF-8",
+    b"\xfe\xff": "is no text in UTF-8 but in UTF-16; save it as UTF-8",
+}
+_CONTROLS = frozenset(range(32)) - frozenset(b"\t\n\v\f\r")
+_HEAD_BYTES = 4096
+#: So much of a file is shown in words about it.
+_MAX_EXCERPT = 100
 #: Seconds, milliseconds, microseconds, nanoseconds since 1970, told apart by size.
 _EPOCH_UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (1e20, 1e9))
 
@@ -65,15 +79,19 @@ class Feed:
         Look at the start of the file.
 
         Raises:
-            ConfigurationError: It is missing, empty, or its columns are unknown.
+            ConfigurationError: It is missing, empty, no text, or its columns are unknown.
         """
         try:
+            with self.path.open("rb") as head:
+                no_text = _why_no_text(head.read(_HEAD_BYTES))
+            if no_text is not None:
+                raise ConfigurationError(f"{self.path}: {no_text}")
             with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
                 first = next((line for line in file if line.strip()), None)
         except OSError as error:
-            raise ConfigurationError(f"csv={self.path}: {error.strerror}") from error
+            raise ConfigurationError(f"{self.path}: {error.strerror}") from error
         if first is None:
-            raise ConfigurationError(f"csv={self.path}: the file is empty")
+            raise ConfigurationError(f"{self.path}: the file is empty")
         self._dialect = max(_DELIMITERS, key=first.count)
         cells = [
             cell.strip().lower() for cell in next(csv.reader([first], delimiter=self._dialect))
@@ -82,7 +100,7 @@ class Feed:
         self._columns = self._by_header(cells) if self._has_header else self._by_count(cells)
         if not any(True for _ in self.rows()):
             example = f"; {self.examples[0]}" if self.examples else ""
-            raise ConfigurationError(f"csv={self.path}: no usable row{example}")
+            raise ConfigurationError(f"{self.path}: no usable row{example}")
         self.bad_rows, self.examples = 0, []
 
     def rows(self) -> Iterator[Row]:
@@ -113,15 +131,15 @@ class Feed:
             if time is not None and all(name in columns for name in wanted):
                 return {"time": columns[time], **{name: columns[name] for name in wanted}}
         raise ConfigurationError(
-            f"csv={self.path}: columns {', '.join(cells)} are neither ticks (timestamp,bid,ask)"
-            " nor bars (timestamp,open,high,low,close,volume)"
+            f"{self.path}: columns {_excerpt(', '.join(cells))} are neither ticks"
+            " (timestamp,bid,ask) nor bars (timestamp,open,high,low,close,volume)"
         )
 
     def _by_count(self, cells: list[str]) -> dict[str, int]:
         names = {3: _TICK, 5: _BAR, 6: _BAR}.get(len(cells))
         if names is None:
             raise ConfigurationError(
-                f"csv={self.path}: {len(cells)} columns without a header; ticks have 3"
+                f"{self.path}: {len(cells)} columns without a header; ticks have 3"
                 " (timestamp,bid,ask), bars have 6 (timestamp,open,high,low,close,volume)"
             )
         return {"time": 0, **{name: index for index, name in enumerate(names, 1)}}
@@ -148,6 +166,18 @@ class Feed:
         self.bad_rows += 1
         if len(self.examples) < self.MAX_EXAMPLES:
             self.examples.append(f"line {line}: {why}")
+
+
+def _why_no_text(head: bytes) -> str | None:
+    """Say what a file is by its start; None where that is text."""
+    known = next((words for mark, words in _NO_TEXT.items() if head.startswith(mark)), None)
+    # Not beyond the first line: a row that was damaged is a bad row
+    first = head.lstrip().partition(b"\n")[0]
+    return known or ("is no text file" if _CONTROLS.intersection(first) else None)
+
+
+def _excerpt(text: str) -> str:
+    return text if len(text) <= _MAX_EXCERPT else f"{text[:_MAX_EXCERPT]}..."
 
 
 def _is_value(text: str) -> bool:
@@ -178,21 +208,21 @@ def parse_time(text: str) -> datetime:
     for bound, unit in _EPOCH_UNITS:
         if 0 < number < bound:
             return datetime.fromtimestamp(number / unit, UTC)
-    raise ValueError(f"time {text!r} is no moment")
+    raise ValueError(f"time {_excerpt(text)!r} is no moment")
 
 
 def _iso(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except ValueError:
-        raise ValueError(f"time {text!r} is no moment") from None
+        raise ValueError(f"time {_excerpt(text)!r} is no moment") from None
 
 
 def _price(name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(f"{name} {text!r} is no number") from None
+        raise ValueError(f"{name} {_excerpt(text)!r} is no number") from None
     if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} {text.strip()} is no price")
+        raise ValueError(f"{name} {_excerpt(text.strip())} is no price")
     return value

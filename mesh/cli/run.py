@@ -140,7 +140,7 @@ def _pipeline_params(
         path = Path(csv).expanduser().absolute()
         problem = _problem_of(path)
         if problem:
-            problems.append(f"--csv {csv}: {problem}")
+            problems.append(f"{path}: {problem}")
         params["csv"] = str(path)
     if csv is not None and bars is not None:
         problems.append("--bars is for the invented market; leave it out with --csv")

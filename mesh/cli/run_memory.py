@@ -130,10 +130,10 @@ async def _open(mesh: InProcessMesh, until_closed: contextlib.AsyncExitStack) ->
         await until_closed.enter_async_context(mesh)
     except Exception as error:
         first = _leaf(error)
-        if isinstance(first, ConfigurationError):
-            raise first from None
         # One is opened after the other: the last that has begun is the one
         name = [name for name, view in mesh.views().items() if view.state != "absent"][-1]
+        if isinstance(first, ConfigurationError):
+            raise ConfigurationError([f"{name}: {each}" for each in first.problems]) from None
         words = str(first) if isinstance(first, MeshError) else words_with_place(first)
         raise _not_started(name, words) from error
 

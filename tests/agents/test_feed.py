@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from typing import TYPE_CHECKING
 
 import pytest
@@ -111,14 +112,37 @@ async def test_the_agent_says_how_many_rows_it_skipped(
         ("1,2\n", "2 columns without a header"),
         ("timestamp,bid,ask\n", "no usable row"),
         ("timestamp,bid,ask\nx,y,z\n", "no usable row; line 2"),
+        (gzip.compress(b"a,b,c\n" * 99, mtime=0), "is compressed by gzip; unpack it first"),
+        ("timestamp,bid,ask\n".encode("utf-16"), "is no text in UTF-8 but in UTF-16"),
+        (b"\n\x00\x01\xff" * 1000, "is no text file"),
+        ("x" * 5000 + ",y\n", "columns x{100}[.]{3} are"),
+        (
+            "timestamp,bid,ask\n" + "x" * 5000 + ",y,z\n",
+            "line 2: time 'x{100}[.]{3}' is no moment$",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_told(
-    tmp_path: Path, content: str | None, words: str
+    tmp_path: Path, content: str | bytes | None, words: str
 ) -> None:
     path = tmp_path / "ticks.csv"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
 
-    with pytest.raises(ConfigurationError, match=words):
+    with pytest.raises(ConfigurationError, match=words) as refused:
         Feed(path).check()
+
+    assert str(refused.value).startswith(f"{path}: ")
+    assert len(str(refused.value)) < 300 + len(str(path))
+
+
+def test_a_row_with_a_control_character_is_a_bad_row(tmp_path: Path) -> None:
+    """As a machine that lost its power leaves them."""
+    path = tmp_path / "ticks.csv"
+    path.write_text(f"timestamp,bid,ask\n{MOMENT},1,2\n" + "\0" * 50 + f"\n{MOMENT},1,2\n")
+    feed = Feed(path)
+
+    feed.check()
+
+    assert len(list(feed.rows())) == 2
+    assert feed.bad_rows == 1

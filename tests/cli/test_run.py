@@ -33,7 +33,6 @@ if __name__ == "__main__":
     run(Broken)
 """
 
-
 #: A source, and a handler that cannot handle what it says.
 STALL = """
 from mesh import Agent, Event, Reject, on, run, source
@@ -51,7 +50,6 @@ class Stall(Agent):
 if __name__ == "__main__":
     run(Stall)
 """
-
 
 MOMENT = "2024-01-01T00:00:00Z"
 TICKS = f"timestamp,bid,ask\n{MOMENT},1,2\n"
@@ -177,6 +175,26 @@ def test_what_a_source_raised_is_told(tmp_path: Path, where: tuple[str, ...]) ->
 
     assert ended.code == 70, ended
     assert ended.out.splitlines()[-1] == "stall: its source failed: RuntimeError: no stock"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "{}: the file is empty"),
+        (b"\x1f\x8b", "market_data: {}: is compressed by gzip"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_alike_by_run_and_agent(
+    project: Path, content: bytes, words: str
+) -> None:
+    path = project / "ticks.csv"
+    path.write_bytes(content)
+
+    refused = run_mesh("run", "--memory", "--csv", "ticks.csv", cwd=project)
+
+    assert refused.code == 78, refused
+    (told,) = refused.err.splitlines()
+    assert told.startswith(words.format(path))
 
 
 @pytest.mark.acceptance
