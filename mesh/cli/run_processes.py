@@ -221,17 +221,21 @@ class _Run:
 
     async def _guard(self, *, at_start: bool = False) -> ProcessInfo:
         """Return the first program that is given up; an agent has one try for its first start."""
+        # One that has been READY will be so again
+        known = set(INFRASTRUCTURE)
         while True:
+            # Before supervisord is asked, too: a successor begins with a new state
+            known |= self._ready_once()
             for program in await self._client.processes():
-                has_ended = program.state in ("BACKOFF", "EXITED")
-                if program.has_given_up or (at_start and has_ended and self._is_new(program.name)):
+                has_ended = at_start and program.state in ("BACKOFF", "EXITED")
+                if program.has_given_up or (
+                    has_ended and program.name not in known | self._ready_once()
+                ):
                     return program
             await asyncio.sleep(_GUARD_S)
 
-    def _is_new(self, name: str) -> bool:
-        """Say whether an agent has never been READY: one that has will be so again."""
-        view = self._views().get(name)
-        return name not in INFRASTRUCTURE and (view is None or not view.ready_at_s)
+    def _ready_once(self) -> set[str]:
+        return {name for name, view in self._views().items() if view.ready_at_s}
 
     def _refuse(self, program: ProcessInfo) -> None:
         words = f"{program.name}: {last_words(self._rundir, program)}"

@@ -181,7 +181,8 @@ async def wait_ready(
 def _has_begun(rundir: RunDir, names: Collection[str]) -> bool:
     """Say whether the monitor has let the sources of these programs speak."""
     views = read_ledgers(rundir.ledgers)
-    return any(views[name].sources in ("running", "done") for name in names & views.keys())
+    spoken = ("running", "done", "failed")
+    return any(views[name].sources in spoken for name in names & views.keys())
 
 
 def program_state(rundir: RunDir, program: ProcessInfo) -> ProgramState:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh.errors import AlreadyRunningError
-from mesh.ledger import STATES, Ledger
+from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.ledger_views import read_ledger
 from mesh.rundir import RunDir
 from mesh.supervision import boot, leftovers
@@ -254,8 +254,9 @@ async def test_a_program_that_fails_is_named_with_its_last_words(
         assert states["forwarder"].verdict == "ready"
 
 
+@pytest.mark.parametrize("source", ["running", "failed"])
 async def test_who_starts_again_once_sources_speak_is_no_matter_of_the_start(
-    project: Path, home: RunDir
+    project: Path, home: RunDir, source: str
 ) -> None:
     async with mesh(project, home, "market_data", "risk"):
         pid = (await pids(home))["risk"]
@@ -263,10 +264,13 @@ async def test_who_starts_again_once_sources_speak_is_no_matter_of_the_start(
         ledger = Ledger.open(home.ledger("risk"))
         ledger.set("state", STATES.index("starting"))  # as its next incarnation would
         ledger.close()
+        speaker = Ledger.open(home.ledger("market_data"))
+        speaker.set("sources", SOURCES.index(source))
+        speaker.close()
 
         states = await boot.wait_ready(home, timeout_s=5, until_begun=True)
 
-        with pytest.raises(BootError, match="not READY after 0 s: risk"):
+        with pytest.raises(BootError, match=r"not READY after 0 s: .*risk"):
             await boot.wait_ready(home, timeout_s=0)
         assert {each.name: each for each in states}["risk"] == ProgramState("risk", "ready", pid)
 
