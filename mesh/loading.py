@@ -46,7 +46,7 @@ def load_agent(script: str | Path) -> type[Agent]:
         raise AgentScriptError(path, f"{path}: no such file")
     try:
         module = _import(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         words = f"{path} cannot be imported:\n{words_with_place(error)}"
         raise AgentScriptError(path, words) from error
     found = [

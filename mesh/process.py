@@ -89,6 +89,7 @@ def keep_stacks(rundir: RunDir, name: str) -> None:
     faulthandler writes from C, so the stack of a blocked loop is kept as well.
     """
     global _stacks
+    drop_empty_stacks()
     _stacks = rundir.stack(name, os.getpid()).open("w")
     faulthandler.enable(_stacks, all_threads=True)
 

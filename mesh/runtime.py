@@ -67,7 +67,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("script", help="a Python file with one Agent class")
     parser.add_argument("--name", help="the agent's name (default: MESH_AGENT, or the file's name)")
     options = parser.parse_args(argv)
-    return guarded(lambda: _start(load_script(options.script), options.script, options.name))
+    return guarded(lambda: _load_and_start(options.script, options.name))
+
+
+def _load_and_start(script: str, name: str | None) -> int:
+    # Before the script is loaded, for that may never end: no orphan then, and its stack is kept
+    known_as = name or env.agent_name() or Path(script).stem
+    process.prepare(RunDir.from_env().ensure(), known_as, parent_bound=env.is_supervised())
+    try:
+        return _start(load_script(script), script, name)
+    finally:
+        process.drop_empty_stacks()
 
 
 def load_script(script: str) -> type[Agent]:

@@ -201,8 +201,8 @@ def last_words(rundir: RunDir, program: ProcessInfo) -> str:
         return printed
     if program.spawn_error:
         return program.spawn_error
-    if program.state == "STARTING":
-        return "is being started again"
+    if program.state in ("STARTING", "RUNNING"):
+        return "was started again, and has not printed a word"
     return f"ended at once with exit code {program.exit_status}, without a word"
 
 

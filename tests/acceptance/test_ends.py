@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -15,7 +16,13 @@ from mesh.errors import EXIT_BUG
 from mesh.ledger import Ledger
 from mesh.ledger_views import read_ledgers
 from mesh.rundir import RunDir
-from tests.plumbing.processes import end_forwarder, environment, eventually, running
+from tests.plumbing.processes import (
+    end_forwarder,
+    environment,
+    eventually,
+    is_alive,
+    running,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -155,3 +162,36 @@ async def test_who_ends_as_told_and_is_started_by_nobody_misses_nothing_from_the
         await publisher.close()
         ledger.close()
     await asyncio.to_thread(end_forwarder, own_mesh_dir)
+
+
+#: Starts an agent as supervisord does, and says its pid.
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-m", "mesh.runtime", sys.argv[1]])
+print(child.pid, flush=True)
+time.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize("end", ["its parent is killed", "it is aborted"])
+async def test_a_script_that_never_loads_is_no_orphan_and_its_stack_is_kept(
+    own_mesh_dir: Path, tmp_path: Path, end: str
+) -> None:
+    script = tmp_path / "loop.py"
+    script.write_text("print('loading', flush=True)\nwhile True:\n    pass\n")
+    env = environment(MESH_SUPERVISED="1")
+    async with running(sys.executable, "-c", PARENT, script, env=env) as parent:
+        assert parent.stdout is not None
+        # The child writes on the same pipe
+        lines = [await asyncio.wait_for(parent.stdout.readline(), 30) for _ in range(2)]
+        assert b"loading\n" in lines
+        child = next(int(line) for line in lines if line != b"loading\n")
+
+        if end == "it is aborted":
+            os.kill(child, signal.SIGABRT)
+            stack = RunDir(own_mesh_dir).stack("loop", child)
+            await eventually(lambda: not is_alive(child))
+            assert f'File "{script}", line ' in stack.read_text()
+        else:
+            parent.kill()
+            await eventually(lambda: not is_alive(child))

@@ -183,6 +183,7 @@ def test_a_run_counts_what_was_put_aside(project: Path, monkeypatch: pytest.Monk
     [
         ("class (", "SyntaxError: invalid syntax (agents/broken.py, line 3)"),
         ("int('x')", "invalid literal for int() with base 10: 'x' (agents/broken.py, line 3)"),
+        ("raise SystemExit(0)", "SystemExit: 0 (agents/broken.py, line 3)"),
         ("import decimal; decimal.Decimal(1) / 0", "DivisionByZero'>] (agents/broken.py, line 3)"),
         ("import agents.worse", "SyntaxError: invalid syntax (agents/worse.py, line 1)"),
     ],
