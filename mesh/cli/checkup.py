@@ -32,6 +32,7 @@ from mesh.rundir import MAX_SOCKET_PATH
 from mesh.supervision.conf import (
     INFRASTRUCTURE,
     REQUIRED,
+    check_conf,
     has_own_redis,
     programs_of,
     script_of,
@@ -43,6 +44,7 @@ from mesh.supervision.supervisord import SupervisorClient, SupervisorSilentError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from mesh.rundir import RunDir
 
@@ -168,8 +170,11 @@ def _project(place: Place) -> Iterator[Row]:
         yield Row("project", "warn", str(error), "go to a folder with agents/ and supervisord.conf")
         return
     yield Row("project", "ok", f"{place.project / CONF}: {say.counted(len(names), 'program')}")
-    for problem in unreadable_paths(place.project, place.rundir):
+    unreadable = unreadable_paths(place.project, place.rundir)
+    for problem in unreadable:
         yield Row("paths", "fail", problem, "see there")
+    if not unreadable:
+        yield from _reading(place.project)
     for name in REQUIRED:
         if name not in names:
             yield Row("project", "fail", f"no [program:{name}]", "copy it from the documentation")
@@ -181,6 +186,17 @@ def _project(place: Place) -> Iterator[Row]:
         yield Row(
             "project", "warn", f"agents/{name}.py is no program", f"`mesh new {name}` adds it"
         )
+
+
+def _reading(project: Path) -> Iterator[Row]:
+    """Check what `mesh up` checks: whether supervisord can read its file."""
+    try:
+        check_conf(project)
+    except ConfigurationError as error:
+        for problem in error.problems:
+            yield Row(CONF, "fail", problem, "correct it; `mesh up` refuses to start")
+    except OSError as error:
+        yield Row(CONF, "warn", f"cannot be checked: {error}", "see there")
 
 
 def _directory(rundir: RunDir) -> Iterator[Row]:

@@ -25,6 +25,7 @@ from mesh.supervision.conf import (
     rendered_programs,
     write_replicas,
 )
+from mesh.supervision.kernel import environment_of
 from mesh.supervision.leftovers import make_room
 from mesh.supervision.redis_server import settings_for
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
@@ -101,6 +102,9 @@ async def up(
     with rundir.acquire(rundir.lock("mesh")):
         if await client.is_up():
             raise AlreadyRunningError(f"the mesh in {rundir.path}", await client.pid())
+        given = settings_for(rundir, os.environ) if with_redis else os.environ
+        variables = {**given, **(environment or {}), "MESH_DIR": str(rundir.path)}
+        variables |= {f"MESH_PARAM_{name.upper()}": value for name, value in (params or {}).items()}
         with_forwarder = broker_type == "zmq" and not with_redis
         conf = render(
             project,
@@ -109,14 +113,12 @@ async def up(
             replicas=replicas,
             with_forwarder=with_forwarder,
             with_redis=with_redis,
+            environ=variables,
         )
         await make_room(rundir, {*INFRASTRUCTURE, *rendered_programs(rundir)}, on_wait)
         _clear(rundir)
         if on_free is not None:
             await on_free()
-        given = settings_for(rundir, os.environ) if with_redis else os.environ
-        variables = {**given, **(environment or {}), "MESH_DIR": str(rundir.path)}
-        variables |= {f"MESH_PARAM_{name.upper()}": value for name, value in (params or {}).items()}
         rundir.fabric.write_text(MessageBusConfig.from_env(variables).fabric())
         said = rundir.path / "log" / "supervisord.out"
         pid = await asyncio.to_thread(_spawn, conf, project, variables, said)
@@ -261,9 +263,12 @@ async def reload(project: Path, rundir: RunDir) -> tuple[list[str], list[str], l
 
     Returns:
         The programs that were added, restarted and removed.
+
+    Raises:
+        ConfigurationError: supervisord could not read it; everything stays as it is.
     """
     client = SupervisorClient(rundir.socket("supervisor"))
-    _render_again(project, rundir, read_replicas(rundir))
+    await _render_again(client, project, rundir, read_replicas(rundir))
     added, changed, removed = await client.reload()
     for name in (*changed, *removed):
         await client.stop(name)
@@ -300,9 +305,9 @@ async def scale(
     there = [each.name for each in await client.processes() if group_of(each.name) == name]
     added = [each for each in wanted if each not in there]
     removed = [each for each in there if each not in wanted]
+    await _render_again(client, project, rundir, {**read_replicas(rundir), name: count})
     if not removed:
         write_replicas(rundir, name, count)
-    _render_again(project, rundir, {**read_replicas(rundir), name: count})
     await client.reload()
     await _stop_all(client, removed)
     for each in removed:
@@ -320,7 +325,9 @@ def _take_leave(rundir: RunDir, name: str) -> None:
     rundir.card(name).unlink(missing_ok=True)
 
 
-def _render_again(project: Path, rundir: RunDir, replicas: Mapping[str, int]) -> None:
+async def _render_again(
+    client: SupervisorClient, project: Path, rundir: RunDir, replicas: Mapping[str, int]
+) -> None:
     """Render as `up` did; where supervisord was started by hand it reads the project's own file."""
     programs = rendered_programs(rundir)
     if programs:
@@ -330,6 +337,7 @@ def _render_again(project: Path, rundir: RunDir, replicas: Mapping[str, int]) ->
             replicas=replicas,
             with_forwarder="forwarder" in programs,
             with_redis=has_own_redis(rundir),
+            environ=environment_of(await client.pid()),
         )
 
 

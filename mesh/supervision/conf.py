@@ -8,19 +8,22 @@ import json
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mesh.errors import ConfigurationError
 from mesh.files import replace_file
 from mesh.replicas import MARK, MAX_REPLICAS, group_of, replica_names
+from mesh.rundir import RunDir
+from mesh.supervision.conf_check import complaints_of
 from mesh.supervision.redis_server import PROGRAM as REDIS_PROGRAM
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from mesh.rundir import RunDir
-
+_CONF = "supervisord.conf"
 #: The programs that every supervisord.conf has, and those that are no agents.
 REQUIRED = ("forwarder", "monitor")
 INFRASTRUCTURE = (*REQUIRED, REDIS_PROGRAM)
@@ -85,9 +88,10 @@ def render(
     replicas: Mapping[str, int] | None = None,
     with_forwarder: bool = True,
     with_redis: bool = False,
+    environ: Mapping[str, str] | None = None,
 ) -> Path:
     """
-    Write the project's supervisord.conf for a run directory.
+    Write the project's supervisord.conf for a run directory, if supervisord can read it.
 
     Args:
         project: Where supervisord.conf is.
@@ -96,50 +100,43 @@ def render(
         replicas: How many there shall be of an agent; default one.
         with_forwarder: Keep the forwarder, which only the ZeroMQ fabric needs.
         with_redis: Add a redis-server of the mesh's own.
+        environ: What supervisord finds in its environment; default: ours.
 
     Returns:
         The file that was written.
 
     Raises:
         ConfigurationError: A program has a bad name, an agent is not in the file, or supervisord
-            could not read one of the paths.
+            could not read it, or one of the paths.
         OSError: The file cannot be written.
     """
-    parser = _read(project)
-    names = [name[len(_PROGRAM) :] for name in parser.sections() if name.startswith(_PROGRAM)]
-    problems = unreadable_paths(project, rundir)
-    problems += [f"[program:{name}]: no usable name" for name in names if not _NAME.fullmatch(name)]
-    problems += [
-        f"{name!r} is no program of {project / 'supervisord.conf'}; it has {', '.join(names)}"
-        for name in (agents or ())
-        if name not in names
-    ]
-    if problems:
-        raise ConfigurationError(problems)
-    for name in names:
-        if agents is not None and name not in agents and name not in INFRASTRUCTURE:
-            parser.remove_section(_PROGRAM + name)
-    for name, count in (replicas or {}).items():
-        if parser.has_section(_PROGRAM + name):
-            for replica in replica_names(name, count)[1:]:
-                _add_replica(parser, name, replica)
-    if not with_forwarder:
-        parser.remove_section(f"{_PROGRAM}forwarder")
-    if with_redis:
-        _add_redis(parser)
-    # A project's file may be older than this plug-in
-    parser.read_dict(_PLUG_IN)
-    for section in parser.sections():
-        for key, value in parser.items(section):
-            percent = _PERCENT_TWICE if _is_expanded_twice(section, key) else _PERCENT
-            parser.set(section, key, _translate(value, project, rundir, percent))
-    if os.geteuid() == 0:
-        parser.set("supervisord", "user", "root")
-    path = rundir.path / "conf" / "supervisord.conf"
-    text = io.StringIO()
-    parser.write(text)
-    replace_file(path, text.getvalue())
+    text = _text_for(
+        project,
+        rundir,
+        agents,
+        replicas=replicas or {},
+        with_forwarder=with_forwarder,
+        with_redis=with_redis,
+        environ=os.environ if environ is None else environ,
+    )
+    path = _file(rundir)
+    replace_file(path, text)
     return path
+
+
+def check_conf(project: Path) -> None:
+    """
+    Render a project's supervisord.conf for nobody; writes nothing.
+
+    Raises:
+        ConfigurationError: Names what `render` would.
+        OSError: There is no room for the empty folders that supervisord wants to see.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        rundir = RunDir(scratch)
+        for folder in ("run", "log"):
+            (rundir.path / folder).mkdir()
+        _text_for(project, rundir, environ={**os.environ, "MESH_DIR": scratch})
 
 
 def unreadable_paths(project: Path, rundir: RunDir) -> list[str]:
@@ -165,8 +162,8 @@ def unreadable_paths(project: Path, rundir: RunDir) -> list[str]:
 
 def rendered_programs(rundir: RunDir) -> list[str]:
     """List the programs of the file that was last made for a run directory; none without one."""
-    conf = rundir.path / "conf"
-    return programs_of(conf) if (conf / "supervisord.conf").exists() else []
+    path = _file(rundir)
+    return programs_of(path.parent) if path.exists() else []
 
 
 def has_own_redis(rundir: RunDir) -> bool:
@@ -195,6 +192,58 @@ def write_replicas(rundir: RunDir, name: str, count: int) -> dict[str, int]:
     wishes = {each: wishes[each] for each in sorted(wishes) if wishes[each] > 1}
     replace_file(_wishes(rundir), json.dumps(wishes, indent=2) + "\n")
     return wishes
+
+
+def _text_for(
+    project: Path,
+    rundir: RunDir,
+    agents: Collection[str] | None = None,
+    *,
+    environ: Mapping[str, str],
+    replicas: Mapping[str, int] = MappingProxyType({}),
+    with_forwarder: bool = True,
+    with_redis: bool = False,
+) -> str:
+    parser = _read(project)
+    names = [name[len(_PROGRAM) :] for name in parser.sections() if name.startswith(_PROGRAM)]
+    problems = unreadable_paths(project, rundir)
+    problems += [f"[program:{name}]: no usable name" for name in names if not _NAME.fullmatch(name)]
+    problems += [
+        f"{name!r} is no program of {project / _CONF}; it has {', '.join(names)}"
+        for name in (agents or ())
+        if name not in names
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+    for name in names:
+        if agents is not None and name not in agents and name not in INFRASTRUCTURE:
+            parser.remove_section(_PROGRAM + name)
+    for name, count in replicas.items():
+        if parser.has_section(_PROGRAM + name):
+            for replica in replica_names(name, count)[1:]:
+                _add_replica(parser, name, replica)
+    if not with_forwarder:
+        parser.remove_section(f"{_PROGRAM}forwarder")
+    if with_redis:
+        _add_redis(parser)
+    # A project's file may be older than this plug-in
+    parser.read_dict(_PLUG_IN)
+    for section in parser.sections():
+        for key, value in parser.items(section):
+            percent = _PERCENT_TWICE if _is_expanded_twice(section, key) else _PERCENT
+            parser.set(section, key, _translate(value, project, rundir, percent))
+    if os.geteuid() == 0 and parser.has_section("supervisord"):
+        parser.set("supervisord", "user", "root")
+    text = io.StringIO()
+    parser.write(text)
+    problems = complaints_of(text.getvalue(), _file(rundir), project / _CONF, environ)
+    if problems:
+        raise ConfigurationError(problems)
+    return text.getvalue()
+
+
+def _file(rundir: RunDir) -> Path:
+    return rundir.path / "conf" / _CONF
 
 
 def _wishes(rundir: RunDir) -> Path:
@@ -236,7 +285,7 @@ def _add_redis(parser: configparser.RawConfigParser) -> None:
 
 
 def _read(project: Path) -> configparser.RawConfigParser:
-    path = project / "supervisord.conf"
+    path = project / _CONF
     parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
     try:
         with path.open() as file:

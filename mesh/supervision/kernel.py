@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -31,3 +32,12 @@ def waited_s(pid: int) -> float | None:
 def lives(pid: int) -> bool:
     """Say whether there is such a process, if only as a zombie."""
     return Path(f"/proc/{pid}").exists()
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """Give the environment that a process of ours was started with; empty when it is gone."""
+    try:
+        pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    return dict(os.fsdecode(pair).split("=", 1) for pair in pairs if b"=" in pair)

@@ -15,7 +15,7 @@ import xmlrpc.client
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mesh.errors import MeshError
+from mesh.errors import ConfigurationError, MeshError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +24,8 @@ TIMEOUT_S = 2.0
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}(@[0-9]{1,2})?", re.ASCII)
 #: supervisor.xmlrpc.Faults.NOT_RUNNING
 NOT_RUNNING = 70
+#: supervisor.xmlrpc.Faults.CANT_REREAD
+_CANT_REREAD = 92
 _MAX_ANSWER_BYTES = 16 * 1024 * 1024
 #: supervisord respawns at the next turn of its loop, in a second at most; its clock shows seconds.
 _RESPAWN_S = 3.0
@@ -141,8 +143,18 @@ class SupervisorClient:
         await self._call("shutdown")
 
     async def reload(self) -> tuple[list[str], list[str], list[str]]:
-        """Read the configuration again; gives the added, changed and removed programs."""
-        ((added, changed, removed),) = await self._call("reloadConfig")
+        """
+        Read the configuration again; gives the added, changed and removed programs.
+
+        Raises:
+            ConfigurationError: supervisord cannot, and goes on with what it has.
+        """
+        try:
+            ((added, changed, removed),) = await self._call("reloadConfig")
+        except SupervisorError as error:
+            if error.code == _CANT_REREAD:
+                raise ConfigurationError(str(error)) from None
+            raise
         return added, changed, removed
 
     async def add(self, name: str) -> None:

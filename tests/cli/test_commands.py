@@ -150,6 +150,24 @@ def test_a_project_where_supervisord_cannot_read_its_paths_does_not_start(
     assert refused.err.strip() in run_mesh("doctor", cwd=odd).out
 
 
+@pytest.mark.parametrize("words", ["up -d", "run --bars 10"])
+def test_a_file_that_supervisord_cannot_read_starts_nothing(
+    project: Path, own_mesh_dir: Path, words: str
+) -> None:
+    with (project / "supervisord.conf").open("a") as file:
+        file.write("\n[program:foo]\n")
+
+    refused = call(*words.split())
+
+    told = f"{project / 'supervisord.conf'}: [program:foo]: "
+    assert refused.exit_code == 78, refused.output
+    assert refused.stderr.startswith(told)
+    assert not list(own_mesh_dir.glob("conf/*"))
+    doctor = call("doctor")
+    assert doctor.exit_code == 1
+    assert told in doctor.output
+
+
 def test_the_memory_fabric_joins_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEGION_BROKER_TYPE", "memory")
 

@@ -156,12 +156,8 @@ def test_restart_knows_the_names(mesh: Path) -> None:
     assert "no such program: nobody" in refused.err
 
 
-@pytest.mark.parametrize(
-    ("words", "file"), [("scale features 2", "replicas.json"), ("reload", "supervisord.conf")]
-)
-def test_what_cannot_be_written_is_named_and_nothing_is_changed(
-    mesh: Path, words: str, file: str
-) -> None:
+@pytest.mark.parametrize("words", ["scale features 2", "reload"])
+def test_what_cannot_be_written_is_named_and_nothing_is_changed(mesh: Path, words: str) -> None:
     conf = RunDir.from_env().path / "conf"
     before = {path.name: path.read_text() for path in conf.iterdir()}
 
@@ -169,10 +165,28 @@ def test_what_cannot_be_written_is_named_and_nothing_is_changed(
 
     assert refused.code == 74, refused
     assert refused.err.splitlines()[-1].startswith(
-        f"{conf / file}: File too large; raise the limit"
+        f"{conf / 'supervisord.conf'}: File too large; raise the limit"
     )
     assert "Traceback" not in refused.err
     assert {path.name: path.read_text() for path in conf.iterdir()} == before
+    assert run_mesh("status", cwd=mesh).code == 0
+
+
+@pytest.mark.parametrize("words", ["scale features 2", "reload"])
+def test_a_file_that_supervisord_cannot_read_changes_nothing(mesh: Path, words: str) -> None:
+    rendered = RunDir.from_env().path / "conf"
+    before = {path.name: path.read_text() for path in rendered.iterdir()}
+    conf = mesh / "supervisord.conf"
+    text = conf.read_text()
+    conf.write_text(f"{text}\n[program:foo]\n")
+    try:
+        refused = run_mesh(*words.split(), cwd=mesh)
+    finally:
+        conf.write_text(text)
+
+    assert refused.code == 78, refused
+    assert refused.err.startswith(f"{conf}: [program:foo]: ")
+    assert {path.name: path.read_text() for path in rendered.iterdir()} == before
     assert run_mesh("status", cwd=mesh).code == 0
 
 

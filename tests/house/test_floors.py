@@ -83,7 +83,7 @@ DOORS = {
     "pytest_asyncio": {"testing.*"},
     "redis": {"redis_link.nodes"},
     "rich": {"cli.*"},
-    "supervisor": {"supervision.full_disk"},
+    "supervisor": {"supervision.conf_check", "supervision.full_disk"},
     "zmq": {"brokers.zeromq", "brokers.forwarder"},
 }  # fmt: skip
 

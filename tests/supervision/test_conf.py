@@ -147,3 +147,42 @@ def test_wishes_are_kept_and_nonsense_is_not_believed(home: RunDir) -> None:
     for text in ("", "[]", '{"a": "2", "b": 17, "c@2": 2, "d": 0}'):
         (home.path / "conf" / "replicas.json").write_text(text)
         assert conf.read_replicas(home) == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("[program:foo]", "[program:foo]: program section program:foo does not specify a command"),
+        (
+            "[program:foo]\ncommand=true\nstopwaitsecs=abc",
+            "[program:foo]: invalid literal for int() with base 10: 'abc'",
+        ),
+        (
+            "[program:foo]\ncommand=python %(ENV_NOWHERE)s",
+            "Format string 'python %(ENV_NOWHERE)s' for 'program:foo.command' contains names",
+        ),
+        ("[rpcinterface:foo]", "section [rpcinterface:foo] does not specify a supervisor.rpc"),
+    ],
+)
+def test_what_supervisord_cannot_read_is_told_of_the_file_that_people_write(
+    project: Path, home: RunDir, section: str, words: str
+) -> None:
+    before = conf.render(project, home).read_text()
+    with (project / "supervisord.conf").open("a") as file:
+        file.write(f"\n{section}\n")
+
+    for refuse in (lambda: conf.render(project, home), lambda: conf.check_conf(project)):
+        with pytest.raises(ConfigurationError) as refused:
+            refuse()
+        (told,) = refused.value.problems
+        assert told.startswith(str(project / "supervisord.conf"))
+        assert words in told
+        assert str(home.path) not in told
+    assert (home.path / "conf" / "supervisord.conf").read_text() == before
+
+
+def test_a_file_without_supervisords_own_section_is_refused(project: Path, home: RunDir) -> None:
+    (project / "supervisord.conf").write_text(ODD)
+
+    with pytest.raises(ConfigurationError, match="does not include supervisord section"):
+        conf.render(project, home)

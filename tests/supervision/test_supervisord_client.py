@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from mesh.cli.exits import code_of
+from mesh.errors import ConfigurationError
 from mesh.supervision.supervisord import (
     NOT_RUNNING,
     ProcessInfo,
@@ -176,6 +177,17 @@ async def test_reload_touches_only_what_changed(rundir: Path) -> None:
         await client.add("comes")
         assert {each.name for each in await client.processes()} == {"stays", "comes"}
         assert (await info(client, "stays")).pid == before.pid
+
+
+async def test_what_cannot_be_read_again_changes_nothing(rundir: Path) -> None:
+    async with supervisord(rundir, one=_SLEEPS) as client:
+        with (rundir / "supervisord.conf").open("a") as file:
+            file.write("[program:two]\n")
+
+        with pytest.raises(ConfigurationError, match="program:two does not specify a command"):
+            await client.reload()
+
+        assert [each.name for each in await client.processes()] == ["one"]
 
 
 async def test_refusals_say_what_was_asked(rundir: Path) -> None:

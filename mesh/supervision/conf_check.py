@@ -1,0 +1,57 @@
+"""Asks supervisord's own reader what it would say of a supervisord.conf, before it is started."""
+
+from __future__ import annotations
+
+import configparser
+import io
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+#: Where supervisord says what it is about.
+_PLACE = re.compile(
+    r"(?P<words>.*) in section '(?P<section>.*)' \(file: '(?P<file>.*)'\)", re.DOTALL
+)
+
+
+def complaints_of(
+    text: str, rendered: Path, original: Path, environ: Mapping[str, str]
+) -> list[str]:
+    """
+    Say why supervisord would not start with a configuration.
+
+    Args:
+        text: What supervisord would read.
+        rendered: The file in which it would; the folders that it names must be there.
+        original: The file that people write; the words name it.
+        environ: What ``%(ENV_...)s`` would mean.
+    """
+    # Not above: most commands do not need it, and it takes its time
+    from supervisor.options import ServerOptions
+
+    source = io.StringIO(text)
+    source.name = str(rendered)  # what it includes is found from there
+    try:
+        options = ServerOptions()
+        options.environ_expansions = {f"ENV_{name}": value for name, value in environ.items()}
+        options.configfile = str(rendered)
+        options.here = str(rendered.parent)
+        options.read_config(source)
+    except (ValueError, configparser.Error) as error:
+        return [_in_own_words(str(error), rendered, original)]
+    except OSError:
+        # A disk so full that it finds no temporary directory: who writes next says that better
+        return []
+    return []
+
+
+def _in_own_words(said: str, rendered: Path, original: Path) -> str:
+    """Give what supervisord said of a rendered file as words about the one that people write."""
+    found = _PLACE.fullmatch(said)
+    if found is None:
+        return f"{original}: {said}"
+    file = original if found["file"] == str(rendered) else found["file"]
+    return f"{file}: [{found['section']}]: {found['words']}"
