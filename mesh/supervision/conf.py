@@ -106,8 +106,8 @@ def render(
         The file that was written.
 
     Raises:
-        ConfigurationError: A program has a bad name, an agent is not in the file, or supervisord
-            could not read it, or one of the paths.
+        ConfigurationError: A program has a bad name or runs an agent of another name, an agent is
+            not in the file, or supervisord could not read it, or one of the paths.
         OSError: The file cannot be written.
     """
     text = _text_for(

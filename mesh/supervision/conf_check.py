@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 _PLACE = re.compile(
     r"(?P<words>.*) in section '(?P<section>.*)' \(file: '(?P<file>.*)'\)", re.DOTALL
 )
+#: As `mesh.runtime` takes it: over MESH_AGENT.
+_OPTION = re.compile(r"\bmesh\.runtime\b.*\s--name[= ]+(\S+)")
 
 
 def complaints_of(
     text: str, rendered: Path, original: Path, environ: Mapping[str, str]
 ) -> list[str]:
     """
-    Say why supervisord would not start with a configuration.
+    Say why supervisord would not start with a configuration, or an agent would never be READY.
 
     Args:
         text: What supervisord would read.
@@ -39,13 +41,20 @@ def complaints_of(
         options.environ_expansions = {f"ENV_{name}": value for name, value in environ.items()}
         options.configfile = str(rendered)
         options.here = str(rendered.parent)
-        options.read_config(source)
+        section = options.read_config(source)
     except (ValueError, configparser.Error) as error:
         return [_in_own_words(str(error), rendered, original)]
     except OSError:
         # A disk so full that it finds no temporary directory: who writes next says that better
         return []
-    return []
+    return [
+        f"{original}: [program:{program.name}] runs an agent that is called {agent!r}"
+        f" ({where}): both need one name"
+        for group in section.process_group_configs
+        for program in group.process_configs
+        for agent, where in _agent_of(program.command, program.environment)
+        if agent != program.name
+    ]
 
 
 def _in_own_words(said: str, rendered: Path, original: Path) -> str:
@@ -55,3 +64,12 @@ def _in_own_words(said: str, rendered: Path, original: Path) -> str:
         return f"{original}: {said}"
     file = original if found["file"] == str(rendered) else found["file"]
     return f"{file}: [{found['section']}]: {found['words']}"
+
+
+def _agent_of(command: str, environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Give the name that an agent gets from its program, and where from; nothing without one."""
+    option = _OPTION.search(command)
+    if option is not None:
+        return [(option[1], f"--name {option[1]}")]
+    name = environment.get("MESH_AGENT")
+    return [(name, f"MESH_AGENT={name}")] if name else []

@@ -158,6 +158,14 @@ def test_wishes_are_kept_and_nonsense_is_not_believed(home: RunDir) -> None:
             "[program:foo]: invalid literal for int() with base 10: 'abc'",
         ),
         (
+            '[program:foo]\ncommand=true\nenvironment=MESH_AGENT="fooo"',
+            "[program:foo] runs an agent that is called 'fooo' (MESH_AGENT=fooo): both need one",
+        ),
+        (
+            "[program:foo]\ncommand=python -m mesh.runtime agents/foo.py --name bar",
+            "[program:foo] runs an agent that is called 'bar' (--name bar): both need one name",
+        ),
+        (
             "[program:foo]\ncommand=python %(ENV_NOWHERE)s",
             "Format string 'python %(ENV_NOWHERE)s' for 'program:foo.command' contains names",
         ),
@@ -186,3 +194,14 @@ def test_a_file_without_supervisords_own_section_is_refused(project: Path, home:
 
     with pytest.raises(ConfigurationError, match="does not include supervisord section"):
         conf.render(project, home)
+
+
+def test_names_are_read_as_supervisord_reads_them(project: Path, home: RunDir) -> None:
+    with (project / "supervisord.conf").open("a") as file:
+        file.write(
+            "\n[program:a]\ncommand=true %(ENV_WORD)s\nenvironment=MESH_AGENT=%(program_name)s\n"
+            "\n[program:b]\ncommand=true\nprocess_name=%(program_name)s_%(process_num)d\n"
+            "numprocs=2\nenvironment=MESH_AGENT='b_%(process_num)d'\n"
+        )
+
+    conf.render(project, home, replicas={"a": 2}, environ={"WORD": "x"})
