@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.plumbing.processes import ROOT, run_program, run_python
+from tests.plumbing.processes import ROOT, Finished, run_program, run_python
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,6 +80,50 @@ def test_the_lock_has_every_direct_dependency() -> None:
     names = {re.match(r"[\w-]+", one)[0].lower().replace("_", "-") for one in wanted}  # type: ignore[index]
 
     assert names - locked == set()
+
+
+@pytest.fixture
+def locking(tmp_path: Path) -> Path:
+    """Give a place with a lock of its own, and a `uv` that finds nothing to change."""
+    for name in ("scripts/lock", "requirements.lock"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    uv = tmp_path / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text('#!/bin/sh\necho "$@" >"$(dirname "$0")/called"\n')
+    uv.chmod(0o755)
+    return tmp_path
+
+
+def lock(place: Path, *words: str) -> Finished:
+    path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return run_program(place / "scripts" / "lock", *words, env={**os.environ, "PATH": path})
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--upgrade"], ["--upgrade-package", "redis"], ["--upgrade-package=redis"]]
+)
+def test_a_lock_in_which_nothing_changes_stays_as_it_is(locking: Path, words: list[str]) -> None:
+    ended = lock(locking, *words)
+
+    assert ended.code == 0, ended
+    assert (locking / "requirements.lock").read_bytes() == (ROOT / "requirements.lock").read_bytes()
+    called = (locking / "bin" / "called").read_text().split()
+    assert called[len(called) - len(words) :] == words
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["--help"], 0), (["-h"], 0), (["--hlep"], 2), (["redis"], 2), (["--upgrade-package"], 2)],
+)
+def test_locking_teaches_itself_and_refuses_what_it_does_not_know(
+    locking: Path, words: list[str], code: int
+) -> None:
+    ended = lock(locking, *words)
+
+    assert ended.code == code, ended
+    assert "--upgrade-package NAME" in ended.out or (code and "scripts/lock" in ended.err)
+    assert not (locking / "bin" / "called").exists()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
