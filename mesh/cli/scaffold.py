@@ -7,6 +7,8 @@ import difflib
 import keyword
 import re
 import sys
+import sysconfig
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import click
@@ -181,6 +183,8 @@ def _problem_of(name: str, project: Path) -> str | None:
         return f"{name!r} is Python's own: a script of that name would hide it"
     if name in RESERVED:
         return f"{name!r} is reserved for the mesh itself"
+    if (where := _installed(name, project)) is not None:
+        return f"{name!r} is an installed package ({where}): a script of that name would hide it"
     # Before looking for files, so that a missing supervisord.conf is told first
     if name in programs_of(project):
         return f"[program:{name}] is in {project / CONF} already"
@@ -188,6 +192,22 @@ def _problem_of(name: str, project: Path) -> str | None:
     if script.exists():
         return None if runs_an_agent(script) else _how_it_would_run(script)
     return f"{test} exists already; it is left as it is" if test.exists() else None
+
+
+def _installed(name: str, project: Path) -> Path | None:
+    """Say where Python finds a module of some name that is not the project's; None: nowhere."""
+    own = (project, project / "agents")
+    spec = PathFinder.find_spec(
+        name, [path for path in sys.path if Path(path).resolve() not in own]
+    )
+    if spec is None:
+        return None
+    if spec.origin is not None:
+        return Path(spec.origin)
+    # Any folder looks like a namespace package; a real one is where packages are
+    places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    folders = map(Path, spec.submodule_search_locations or ())
+    return next((each for each in folders if str(each.parent) in places), None)
 
 
 def _how_it_would_run(script: Path) -> str:

@@ -276,6 +276,30 @@ def test_new_refuses_a_name(project: Path, name: str) -> None:
     assert (project / "supervisord.conf").read_text() == before
 
 
+@pytest.mark.parametrize(
+    "name", ["msgspec", "zmq", "hiredis", "click", "rich", "pydantic", "opentelemetry"]
+)
+def test_new_refuses_what_would_hide_an_installed_package(project: Path, name: str) -> None:
+    """`python agents/NAME.py` puts agents/ before all else that can be imported."""
+    refused = call("new", name)
+
+    assert refused.exit_code == 2
+    assert f"'{name}' is an installed package (" in refused.output
+    assert not (project / "agents" / f"{name}.py").exists()
+
+
+def test_new_takes_a_name_that_only_the_project_has(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "wares").mkdir()
+    (project / "shop.py").touch()
+    (project / "elsewhere" / "stock").mkdir(parents=True)
+    for path in (project, project / "elsewhere"):
+        monkeypatch.syspath_prepend(path)
+
+    assert [call("new", name).exit_code for name in ("wares", "shop", "stock")] == [0, 0, 0]
+
+
 def test_new_leaves_files_that_exist(project: Path) -> None:
     (project / "agents" / "mine.py").write_text("x = 1\n")
 
