@@ -103,7 +103,8 @@ def new(name: str, hears: str, says: str | None) -> None:
     Write a new agent: script, test, and its place in supervisord.conf.
 
     The script works as it stands. `mesh reload` lets it join a running mesh; nobody else's process
-    is touched. Where agents/NAME.py is there already it is left as it is, and gets its place.
+    is touched. Where agents/NAME.py is there already it is left as it is, and gets its place. A
+    test that is there stays as it is, too.
 
     \b
     Example:
@@ -122,9 +123,9 @@ def new(name: str, hears: str, says: str | None) -> None:
     conf = project / CONF
     package = project / "agents" / "__init__.py"
     # Without it another package of this name, wherever it is installed, would be taken for it
-    begin = {} if package.exists() else {package: PACKAGE}
+    files = {} if package.exists() else {package: PACKAGE}
     if script.exists():
-        _write({**begin, conf: conf.read_text() + _section(project, name)})
+        _write({**files, conf: conf.read_text() + _section(project, name)})
         say.line(f"{script.relative_to(project)} is there already and is left as it is")
         say.line(f"added [program:{name}] to {CONF}; `mesh reload` starts it in a running mesh")
         return
@@ -132,19 +133,16 @@ def new(name: str, hears: str, says: str | None) -> None:
     declares = (project / PAYLOADS).is_file() and any(
         declaration_of(topic).schema is not None or is_durable(topic) for topic in topics
     )
-    _write(
-        {
-            **begin,
-            script: agent_script(name, *topics, payload=says_sample, declares=declares),
-            test: agent_test(
-                name, *topics, payload={"value": 1} if hears_sample is None else hears_sample
-            ),
-            conf: conf.read_text() + _section(project, name),
-        }
-    )
+    files[script] = agent_script(name, *topics, payload=says_sample, declares=declares)
+    is_tested = test.exists()
+    if not is_tested:
+        payload: dict[str, object] = {"value": 1} if hears_sample is None else hears_sample
+        files[test] = agent_test(name, *topics, payload=payload)
+    _write({**files, conf: conf.read_text() + _section(project, name)})
     say.line(f"wrote {script.relative_to(project)}: hears {topics[0]}, says {topics[1]}")
     shown = test.relative_to(project)
-    say.line(f"wrote {shown}: run it with `python -m pytest {shown}`")
+    told = f"{shown} is there already and is left as it is" if is_tested else f"wrote {shown}"
+    say.line(f"{told}: run it with `python -m pytest {shown}`")
     say.line(f"added [program:{name}] to {CONF}; `mesh reload` starts it in a running mesh")
     for topic in topics:
         _ask_about(topic)
@@ -188,10 +186,8 @@ def _problem_of(name: str, project: Path) -> str | None:
     # Before looking for files, so that a missing supervisord.conf is told first
     if name in programs_of(project):
         return f"[program:{name}] is in {project / CONF} already"
-    script, test = project / "agents" / f"{name}.py", project / "tests" / f"test_{name}.py"
-    if script.exists():
-        return None if runs_an_agent(script) else _how_it_would_run(script)
-    return f"{test} exists already; it is left as it is" if test.exists() else None
+    script = project / "agents" / f"{name}.py"
+    return _how_it_would_run(script) if script.exists() and not runs_an_agent(script) else None
 
 
 def _installed(name: str, project: Path) -> Path | None:

@@ -339,6 +339,21 @@ def test_new_gives_a_script_that_was_written_by_hand_its_place(project: Path) ->
     assert "is no program" not in call("doctor").output
 
 
+def test_new_writes_what_is_missing_beside_a_test(project: Path) -> None:
+    """Whoever writes the test first is not kept from the rest."""
+    test = project / "tests" / "test_mine.py"
+    test.parent.mkdir()
+    test.write_text("x = 1\n")
+
+    made = call("new", "mine")
+
+    assert made.exit_code == 0, made.output
+    assert test.read_text() == "x = 1\n"
+    assert "tests/test_mine.py is there already and is left as it is" in made.output
+    assert (project / "agents" / "mine.py").is_file()
+    assert "[program:mine]\ncommand=" in (project / "supervisord.conf").read_text()
+
+
 @pytest.mark.parametrize(
     "command", ["status", "doctor", "tail", "publish a.b {}", "dlq ls", "logs", "journal ls", "up"]
 )
