@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from mesh.dead_letter_queue import DeadGroup, ReplayReport
     from mesh.deadletters import DeadLetter
 
-#: Of an error, a table shows so much.
+#: Of an error, a table in a terminal shows so much, or half a line where that is more.
 _CELL = 80
 _REFUSED = 20
 _BYTES = 200
@@ -60,7 +61,7 @@ def show_groups(groups: Sequence[DeadGroup], limit: int, total: int) -> None:
                 each.agent,
                 each.handler,
                 each.reason,
-                each.error[:_CELL],
+                _first_line(each.error),
                 _ago(each.oldest_s, now_s),
                 _ago(each.newest_s, now_s),
             )
@@ -87,7 +88,7 @@ def show_letters(letters: Sequence[DeadLetter], total: int) -> None:
                 each.reason,
                 each.attempts,
                 _ago(each.at_s, now_s),
-                each.error.partition("\n")[0][:_CELL],
+                _first_line(each.error),
             )
             for each in letters
         ],
@@ -139,6 +140,15 @@ def show_report(report: ReplayReport) -> None:
         say.line(f"refused {each.id}: {each.why}", "yellow")
     if len(report.refused) > _REFUSED:
         say.line(f"and {len(report.refused) - _REFUSED} more; --json lists all", "yellow")
+
+
+def _first_line(error: str) -> str:
+    first = error.partition("\n")[0]
+    room = max(_CELL, shutil.get_terminal_size().columns // 2)
+    # A pipe has room for all of it
+    if len(first) <= room or not say.is_terminal():
+        return first
+    return f"{first[: room - 3]}..."
 
 
 def _moment(at_s: float) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from mesh import MessageBusConfig
+from mesh.cli.dlq_views import show_groups, show_letters
 from mesh.cli.main import DLQ_COMMANDS, cli
+from mesh.dead_letter_queue import DeadGroup
 from mesh.events import Event
 from mesh.journals.sqlite import SQLiteJournal
 from mesh.rundir import RunDir
@@ -109,6 +112,33 @@ def test_ls_puts_together_what_failed_alike(rundir: Path) -> None:
     ]
     assert "3 dead letters in 2 groups" in plain.stdout
     assert [each["id"] for each in told("ls", "--letters")["letters"]] == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [("", 500), ("80", 77), ("400", 197), ("2000", 500)],
+    ids=["in a pipe", "narrow", "wide", "very wide"],
+)
+def test_an_error_is_never_cut_without_a_mark(
+    columns: str,
+    shown: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns or "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: bool(columns))
+    error = "z" * 500
+    group = DeadGroup(
+        agent="risk", handler="check", reason="failed", error=error, count=1, oldest_s=0, newest_s=0
+    )
+
+    show_letters([failed("a", error=f"{error}\nand more")], 1)
+    show_groups([group], 1, 1)
+
+    told = capsys.readouterr().out
+    assert told.count("z") == 2 * shown
+    assert ("..." in told) == (shown < 500)
+    assert "and more" not in told
 
 
 def test_ten_thousand_letters_are_listed_right(rundir: Path) -> None:
