@@ -24,6 +24,8 @@ EXIT_DATA = 65
 EXIT_UNAVAILABLE = 69
 EXIT_FILE = 74
 EXIT_INTERRUPTED = 130
+#: As of any tool whose reader closes the pipe: 128 and the number of SIGPIPE.
+EXIT_UNREAD = 141
 
 MEANINGS = {
     0: "all is well",
@@ -37,6 +39,7 @@ MEANINGS = {
     EXIT_LOCKED: "a mesh runs in this directory already",
     EXIT_CONFIGURATION: "the configuration cannot be used; the words say what",
     EXIT_INTERRUPTED: "interrupted",
+    EXIT_UNREAD: "whoever read the output closed the pipe; how it went is not known",
 }
 
 

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mesh.cli import say
-from mesh.cli.exits import EXIT_FILE, EXIT_INTERRUPTED, MEANINGS, code_of, words_for_file
+from mesh.cli.exits import (
+    EXIT_FILE,
+    EXIT_INTERRUPTED,
+    EXIT_UNREAD,
+    MEANINGS,
+    code_of,
+    words_for_file,
+)
 from mesh.errors import ConfigurationError, MeshError
 
 if TYPE_CHECKING:
@@ -80,11 +87,20 @@ class MeshGroup(click.Group):
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), words) for code, words in MEANINGS.items()])
 
+    def make_context(self, *given: Any, **extra: Any) -> click.Context:
+        """Read the command line; that prints the help, which nobody may read to its end."""
+        try:
+            return super().make_context(*given, **extra)
+        except BrokenPipeError:
+            _drop_unwritten()
+            sys.exit(EXIT_UNREAD)
+
     def invoke(self, ctx: click.Context) -> Any:
         """
         Run a command; an error of the mesh becomes words on stderr and its exit code.
 
-        So does that of a file which cannot be written.
+        So does that of a file which cannot be written. A reader who closed the pipe has an exit
+        code only.
         """
         error: MeshError | OSError | None = None
         try:
@@ -96,6 +112,9 @@ class MeshGroup(click.Group):
         # Not above: what is raised in `except*` comes out wrapped
         if error is None:
             ctx.exit(EXIT_INTERRUPTED)
+        if isinstance(error, BrokenPipeError):
+            _drop_unwritten()
+            ctx.exit(EXIT_UNREAD)
         if not isinstance(error, MeshError):
             words = words_for_file(error)
             if words is None:

@@ -6,6 +6,7 @@ What comes from events and logs is cleaned of control characters before a termin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -43,8 +44,9 @@ def line(text: str = "", colour: Colour = "") -> None:
 
 
 def note(text: str, colour: Colour = "") -> None:
-    """Print a line on stderr: progress, warnings, errors."""
-    click.echo(_coloured(clean(text), colour), err=True)
+    """Print a line on stderr: progress, warnings, errors. That nobody reads them stops nothing."""
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(_coloured(clean(text), colour), err=True)
 
 
 def as_json(value: Any, *, compact: bool = False) -> None:

@@ -67,16 +67,18 @@ async def _listen(
     json_form: bool,
 ) -> None:
     shown = 0
+    broken: OSError | None = None
     with stop_signals() as stop:
 
         async def show(event: Event) -> None:
-            nonlocal shown
+            nonlocal shown, broken
             if stop.is_set():
                 return
             try:
                 _print(event, json_form=json_form)
-            except OSError:
-                stop.set()  # whoever read us has gone
+            except OSError as error:
+                broken = error  # whoever read us has gone, mostly
+                stop.set()
                 return
             shown += 1
             if shown == count:
@@ -107,6 +109,8 @@ async def _listen(
                 await stop.wait()
                 await consumer.stop()
             missed = consumer.ledger.lost() + consumer.ledger.counts().get("overflow", 0)
+            if broken is not None:
+                raise broken
             if missed and shown != count:
                 say.note(f"{say.counted(missed, 'event')} came too fast to be shown", "yellow")
 

@@ -20,6 +20,7 @@ from tests.plumbing.processes import (
     MESH,
     ROOT,
     run_mesh,
+    run_mesh_unread,
     run_mesh_without_room,
     run_program,
     run_python,
@@ -578,3 +579,16 @@ def test_a_closed_stdout_is_no_error() -> None:
 
     assert told.code in {0, 1}
     assert "Traceback" not in told.err
+
+
+@pytest.mark.parametrize("words", ["--help", "doctor", "doctor --json", "up --help", "dlq ls"])
+def test_whoever_closes_the_pipe_early_gets_the_exit_code_for_that(words: str) -> None:
+    """1 is for a mesh that is not well, and 0 for one that is."""
+    told = run_mesh_unread(*words.split())
+
+    assert told.code == 141, told
+    assert told.err == ""
+
+
+def test_words_about_errors_that_nobody_reads_change_no_exit_code() -> None:
+    assert run_mesh_unread("status", errors=True).code == 3

@@ -19,6 +19,7 @@ from tests.plumbing.processes import (
     environment,
     eventually,
     run_mesh,
+    run_mesh_unread,
     run_mesh_without_room,
     run_program,
     running,
@@ -85,6 +86,14 @@ def test_tail_ends_after_the_count(mesh: Path) -> None:
     assert "listening to 1 type in" in heard.err
     events: list[dict[str, Any]] = [json.loads(line) for line in heard.out.splitlines()]
     assert [event["type"] for event in events] == ["market.data.received"] * 3
+
+
+@pytest.mark.parametrize("words", ["status", "tail", "logs -f"])
+def test_whoever_closes_the_pipe_early_ends_the_command(mesh: Path, words: str) -> None:
+    told = run_mesh_unread(*words.split(), cwd=mesh)
+
+    assert told.code == 141, told
+    assert "Traceback" not in told.err
 
 
 async def test_tail_leaves_heartbeats_out_and_ends_well_on_ctrl_c(mesh: Path) -> None:

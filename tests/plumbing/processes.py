@@ -146,6 +146,14 @@ def run_mesh_without_room(*args: str | Path, cwd: Path = ROOT) -> Finished:
     return run_program("bash", "-c", 'ulimit -f 0; exec "$@"', "-", MESH, *args, cwd=cwd)
 
 
+def run_mesh_unread(*args: str | Path, cwd: Path = ROOT, errors: bool = False) -> Finished:
+    """Run the `mesh` command with an output, and with `errors` also a stderr, that nobody reads."""
+    closes = "import os, subprocess, sys; reader, writer = os.pipe(); os.close(reader)\n"
+    stderr = "writer" if errors else "None"
+    runs = f"sys.exit(subprocess.call(sys.argv[1:], stdout=writer, stderr={stderr}))"
+    return run_program(sys.executable, "-c", closes + runs, MESH, *args, cwd=cwd)
+
+
 def run_python(
     code: str, *args: str, env: Mapping[str, str] | None = None, timeout_s: float = 30.0
 ) -> Finished:
