@@ -11,7 +11,7 @@ import click
 
 from mesh.cli import say
 from mesh.cli.exits import EXIT_WRONG
-from mesh.cli.kept import has_journal, opened_journal
+from mesh.cli.kept import has_journal, opened_journal, require_usual_journal
 from mesh.cli.known import known_agents
 from mesh.cli.place import Place, directory_option, json_option, settings_of
 from mesh.errors import ConfigurationError
@@ -257,6 +257,7 @@ def _with_journal(rundir: RunDir, work: Callable[[Journal], Awaitable[_Value]]) 
     async def run() -> _Value | None:
         config = settings_of(rundir)
         if not has_journal(rundir, config):
+            require_usual_journal(rundir)
             return None
         async with opened_journal(rundir, config) as opened:
             return await work(opened)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.cli.place import own_redis_is_down, settings_of
 from mesh.dead_letter_queue import DeadLetterQueue
+from mesh.env import DEFAULT_JOURNAL, journal_name
 from mesh.errors import BrokerUnavailableError, ConfigurationError, MeshError
 from mesh.factory import make_broker
 from mesh.publisher import EventPublisher, PublisherConfig
@@ -89,6 +90,23 @@ def has_journal(rundir: RunDir, config: MessageBusConfig) -> bool:
     return config.broker_type != "zmq" or rundir.journal().is_file()
 
 
+def require_usual_journal(rundir: RunDir) -> None:
+    """
+    Let only the usual journal be one that is not there, for nothing was ever kept in it.
+
+    Raises:
+        ConfigurationError: MESH_JOURNAL names another one; tells those that there are.
+    """
+    name = journal_name()
+    if name == DEFAULT_JOURNAL:
+        return
+    folder = rundir.journal().parent
+    there = ", ".join(sorted(path.stem for path in folder.glob("*.sqlite"))) or "none"
+    raise ConfigurationError(
+        f"MESH_JOURNAL={name}: no such journal in {folder}; there are: {there}"
+    )
+
+
 @asynccontextmanager
 async def opened_journal(rundir: RunDir, config: MessageBusConfig) -> AsyncIterator[Journal]:
     """
@@ -119,11 +137,12 @@ async def opened_queue(
         speaking: Join the fabric, so that a running mesh hears of it.
 
     Raises:
-        ConfigurationError: The settings cannot be used.
+        ConfigurationError: The settings cannot be used, or name a journal that is not there.
         BrokerUnavailableError: The journal does not answer.
     """
     config = settings_of(rundir)
     if not has_journal(rundir, config):
+        require_usual_journal(rundir)
         yield None
         return
     if not speaking:

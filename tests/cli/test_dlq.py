@@ -75,6 +75,23 @@ def test_asking_makes_no_journal(own_mesh_dir: Path, words: list[str], code: int
     assert not own_mesh_dir.exists()
 
 
+@pytest.mark.parametrize(
+    "words", ["dlq ls", "dlq purge --all --yes", "journal ls", "journal trim --max-age 1d"]
+)
+def test_a_journal_whose_name_is_misspelt_is_not_taken_for_an_empty_one(
+    rundir: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    bury(rundir, failed("a"))
+    monkeypatch.setenv("MESH_JOURNAL", "rnu")
+
+    refused = CliRunner().invoke(cli, words.split())
+
+    assert refused.exit_code == 78
+    folder = rundir / "journal"
+    assert refused.stderr == f"MESH_JOURNAL=rnu: no such journal in {folder}; there are: journal\n"
+    assert not (folder / "rnu.sqlite").exists()
+
+
 def test_ls_puts_together_what_failed_alike(rundir: Path) -> None:
     bury(
         rundir,
