@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Colour = Literal["green", "yellow", "red", "dim", ""]
 
+#: Wider than any table.
+_ANY_WIDTH = 100_000
 # C0 but tab and newline, DEL, C1, and the marks that turn the direction of writing
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
@@ -93,6 +95,14 @@ def rich_table(
         style = colours[number] if number < len(colours) else ""
         made.add_row(*(Text(_cell(value)) for value in row), style=style or None)
     return made
+
+
+def has_room(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bool:
+    """Say whether the terminal shows a table without breaking a cell into several lines."""
+    from rich.console import Console
+
+    needs = Console(width=_ANY_WIDTH).measure(rich_table(columns, rows)).maximum
+    return needs <= Console().width
 
 
 def begin_live(*, auto_refresh: bool = True) -> Live | None:

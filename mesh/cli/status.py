@@ -33,6 +33,8 @@ _ELSEWHERE = ("host", "directory", "name", "state", "pid", "handled", "failed", 
 _QUIET: dict[str, object] = {
     "supervisor": "RUNNING", "restarts": 0, "failed": 0, "lost": 0, "dropped": 0, "queue": 0
 }  # fmt: skip
+#: Columns that a terminal leaves out, in this order, until it holds the rest.
+_SPARE = ("lag", "p50", "queue", "p99", "up", "restarts", "beat", "supervisor", "dropped", "pid")
 
 
 @click.command()
@@ -66,15 +68,18 @@ def status(json_form: bool, directory: str | None) -> None:
         elsewhere = [each.to_dict() for each in others]
         say.as_json({**facts.to_dict(), **kept.to_dict(), "elsewhere": elsewhere})
     else:
-        _show(facts, kept)
+        show(facts, kept)
         _show_elsewhere(others, unknown)
     sys.exit(EXIT_WRONG if facts.problems else 0)
 
 
-def _show(facts: MeshFacts, journal: KeptFacts) -> None:
+def show(facts: MeshFacts, journal: KeptFacts) -> None:
+    """Print it: a table in a terminal, as much of it as there is room for."""
     say.line(f"mesh in {facts.directory}, supervisord {facts.supervisor_pid}")
     rows = [_row(each) for each in facts.programs]
-    kept = _worth_showing(rows) if say.is_terminal() else range(len(_COLUMNS))
+    kept = list(range(len(_COLUMNS)))
+    if say.is_terminal():
+        kept = _that_fit(_worth_showing(rows), rows)
     say.table(
         [_COLUMNS[at] for at in kept],
         [[row[at] for at in kept] for row in rows],
@@ -175,12 +180,21 @@ def _show_elsewhere(others: list[AgentElsewhere], unknown: str) -> None:
 
 
 def _worth_showing(rows: list[tuple[object, ...]]) -> list[int]:
-    """Leave out columns that say nothing, so that a terminal of 80 columns holds the rest."""
+    """Leave out columns that say nothing."""
     return [
         at
         for at, name in enumerate(_COLUMNS)
         if name not in _QUIET or any(row[at] != _QUIET[name] for row in rows)
     ]
+
+
+def _that_fit(kept: list[int], rows: list[tuple[object, ...]]) -> list[int]:
+    """Leave out what a terminal has no room for, so that no name and no state is broken."""
+    for spare in _SPARE:
+        if say.has_room([_COLUMNS[at] for at in kept], [[row[at] for at in kept] for row in rows]):
+            break
+        kept = [at for at in kept if _COLUMNS[at] != spare]
+    return kept
 
 
 def _row(each: ProgramFacts) -> tuple[object, ...]:

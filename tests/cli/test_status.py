@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import click
 import pytest
 
 from mesh.cli.exits import code_of
-from mesh.cli.facts import MeshFacts
+from mesh.cli.facts import MeshFacts, ProgramFacts
 from mesh.cli.kept import KeptFacts
 from mesh.cli.starting import left_running
-from mesh.cli.status import closing
+from mesh.cli.status import closing, show
 from mesh.config import MessageBusConfig
 from mesh.rundir import RunDir
 from mesh.supervision.boot import BootError, last_warning
@@ -112,3 +115,48 @@ def test_a_program_without_a_log_has_no_explanation(rundir: Path) -> None:
     program = ProcessInfo("risk", "RUNNING", 1, 0, "", 0, 0)
 
     assert last_warning(RunDir(rundir), program) == ""
+
+
+def program(name: str, **changes: object) -> ProgramFacts:
+    made = ProgramFacts(
+        name=name,
+        group=name,
+        state="starting",
+        supervisor_state="STARTING",
+        pid=2_345_678,
+        uptime_s=0.4,
+        ready=False,
+        phase=None,
+        restarts=0,
+        beat_age_s=None,
+        handled=0,
+        failed=0,
+        lost=0,
+        dropped={},
+        queue=0,
+        lag_ms=0.0,
+        sources="none",
+        latency_us={"p50": None, "p99": None},
+        last_words=None,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("columns", ["40", "60", "80", "160"])
+def test_a_narrow_terminal_breaks_no_name_and_no_state(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", columns)
+    busy = {"restarts": 12, "handled": 1_234_567, "lag_ms": 1234.5, "dropped": {"overflow": 1234}}
+
+    show(
+        replace(facts(), programs=[program("market_data", **busy), program("execution")]),
+        KeptFacts(),
+    )
+
+    shown = click.unstyle(capsys.readouterr().out).splitlines()
+    head, _, *rows = (line.split() for line in shown[1:6] if line.strip())
+    assert head[:2] == ["program", "state"]
+    assert [row[:2] for row in rows] == [["market_data", "starting"], ["execution", "starting"]]
+    assert ("lag" in head) == (columns == "160")
