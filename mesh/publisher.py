@@ -23,7 +23,7 @@ from mesh.handlers import check_middleware, compose
 from mesh.ledger import Ledger
 from mesh.outbox import Outbox, Outgoing
 from mesh.payloads import check_envelope, check_text
-from mesh.retry import RetryPolicy
+from mesh.retry import RetryPolicy, in_words
 from mesh.values import Value
 
 if TYPE_CHECKING:
@@ -454,10 +454,10 @@ class EventPublisher:
             self.dead_letters.letter(event, "unpublished", error, attempts=attempts)
         )
         _log.error(
-            "%s could not publish %s after %d tries and keeps it as a dead letter: %s",
+            "%s could not publish %s after %s and keeps it as a dead letter: %s",
             self.agent_name,
             event.type,
-            attempts,
+            in_words(attempts),
             error,
         )
 

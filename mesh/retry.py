@@ -52,3 +52,8 @@ class RetryPolicy(Value, frozen=True, kw_only=True):
 
 #: Pauses while a fabric or journal does not answer.
 OUTAGE = RetryPolicy(first_delay_s=0.05, max_delay_s=2.0)
+
+
+def in_words(tries: int) -> str:
+    """Show how often something was tried: ``1 try``, ``2 tries``."""
+    return "1 try" if tries == 1 else f"{tries} tries"

@@ -12,7 +12,7 @@ from mesh.context import current_context
 from mesh.errors import BrokerUnavailableError, FrameError, MeshError, PayloadError, words_of
 from mesh.ledger import Ledger
 from mesh.outcomes import Outcome, Reject, Retry, Skip
-from mesh.retry import RetryPolicy
+from mesh.retry import RetryPolicy, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,7 +163,7 @@ class Tries:
             await self._config.clock.sleep(pause_s)
             slot.pausing = False
             if (late := too_late(event, self._config.clock.now())) is not None:
-                failure = ExpiredError(f"{late}, after {attempt} tries: {words_of(failure)}")
+                failure = ExpiredError(f"{late}, after {in_words(attempt)}: {words_of(failure)}")
                 break
             slot.retries += 1
             attempt += 1
@@ -198,12 +198,12 @@ class Tries:
         else:
             context.dead.append(letter)
         _log.error(
-            "handler %s of %s failed on %s %s after %d tries and the event was put aside: %s",
+            "handler %s of %s failed on %s %s after %s and the event was put aside: %s",
             handler.id,
             self._agent_name,
             event.type,
             event.id,
-            attempts,
+            in_words(attempts),
             letter.error,
             exc_info=None if isinstance(failure, _NO_SURPRISES) else failure,
         )

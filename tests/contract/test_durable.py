@@ -225,7 +225,7 @@ async def test_what_expires_between_two_tries_is_put_aside(
     assert agent.tries == 1
     assert (letter.reason, letter.attempts) == ("expired", 1)
     assert letter.handler == "try_it"
-    assert "after 1 tries: Retry: busy" in letter.error
+    assert "after 1 try: Retry: busy" in letter.error
 
 
 @pytest.mark.parametrize("event_type", [ORDER, LOOK])

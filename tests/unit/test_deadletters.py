@@ -70,7 +70,7 @@ async def test_the_log_names_the_class_of_what_a_handler_raised(
         await harness.mesh.quiet()
 
     (told,) = [each for each in caplog.messages if "put aside" in each]
-    assert told.endswith("the event was put aside: KeyError: 'price'")
+    assert told.endswith(" after 1 try and the event was put aside: KeyError: 'price'")
 
 
 def test_an_event_is_kept_with_its_failure() -> None:

@@ -201,7 +201,9 @@ async def test_a_publisher_waits_for_room(fabric: Fabric) -> None:
     await publisher.close()
 
 
-async def test_retrying_ends_with_a_dead_letter(fabric: Fabric, fake_clock: FakeClock) -> None:
+async def test_retrying_ends_with_a_dead_letter(
+    fabric: Fabric, fake_clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
     publisher = publisher_on(fabric, publish_timeout_s=0.01, clock=fake_clock)
     fabric.full = True
 
@@ -222,6 +224,7 @@ async def test_retrying_ends_with_a_dead_letter(fabric: Fabric, fake_clock: Fake
         EventType.SYSTEM_ALERT,
     )
     assert "memory took no event" in letter.error
+    assert "could not publish system.alert after 3 tries and keeps it" in caplog.text
     await publisher.close()
 
 
