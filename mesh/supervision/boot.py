@@ -210,13 +210,22 @@ def last_words(rundir: RunDir, program: ProcessInfo) -> str:
 
 def last_printed(rundir: RunDir, name: str) -> str:
     """Give the last line that a program printed; nothing when there is none."""
-    try:
-        text = rundir.output(name).read_text(errors="replace")
-    except OSError:
-        return ""
-    # The frame that Python draws around the errors of a group says nothing
-    lines = [words for line in text.splitlines() if (words := line.strip(" \t|+-"))]
-    return lines[-1] if lines else ""
+    for path in (rundir.output(name), *_files_by_itself(rundir, name)):
+        with contextlib.suppress(OSError):
+            text = path.read_text(errors="replace")
+            # The frame that Python draws around the errors of a group says nothing
+            lines = [words for line in text.splitlines() if (words := line.strip(" \t|+-"))]
+            if lines:
+                return lines[-1]
+    return ""
+
+
+def _files_by_itself(rundir: RunDir, name: str) -> list[Path]:
+    """Give the files that supervisord makes for a program which names none; errors come first."""
+    folder = rundir.path / "log"
+    return [
+        path for stream in ("stderr", "stdout") for path in folder.glob(f"{name}-{stream}---*.log")
+    ]
 
 
 def last_warning(rundir: RunDir, program: ProcessInfo) -> str:

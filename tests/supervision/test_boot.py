@@ -254,6 +254,20 @@ async def test_a_program_that_fails_is_named_with_its_last_words(
         assert states["forwarder"].verdict == "ready"
 
 
+async def test_a_program_without_a_file_for_its_output_has_last_words_too(
+    project: Path, home: RunDir
+) -> None:
+    """As people write them by hand, here with a script that is not there."""
+    command = "%(here)s/.venv/bin/python -m mesh.runtime agents/ghost.py"
+    with (project / "supervisord.conf").open("a") as file:
+        file.write(f"\n[program:ghost]\ncommand={command}\nstartretries=0\n")
+    async with mesh(project, home, "ghost"):
+        states = {each.name: each for each in await boot.wait_ready(home)}
+
+        assert states["ghost"].verdict == "failed"
+        assert "agents/ghost.py: no such file" in states["ghost"].last_words
+
+
 @pytest.mark.parametrize("source", ["running", "failed"])
 async def test_who_starts_again_once_sources_speak_is_no_matter_of_the_start(
     project: Path, home: RunDir, source: str
