@@ -68,11 +68,22 @@ class RunDir:
 
     Args:
         path: The directory; made by `ensure`.
+
+    Raises:
+        RunDirError: Its name is no text.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Touch nothing."""
         self.path = Path(path).expanduser().absolute()
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(self.path).decode(errors="backslashreplace")
+            raise RunDirError(
+                f"MESH_DIR={shown}: is no UTF-8, and could be written neither in a log nor in a"
+                " configuration; use another path"
+            ) from None
 
     @classmethod
     def from_env(cls) -> RunDir:

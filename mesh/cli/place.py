@@ -118,10 +118,11 @@ def checked_settings(rundir: RunDir, *, with_redis: bool = False) -> MessageBusC
         problems.append(
             "LEGION_BROKER_TYPE=memory: memory joins no processes; use zmq, or `mesh run --memory`"
         )
-    try:
-        rundir.ensure()
-    except ConfigurationError as error:
-        problems += error.problems
+    for check in (rundir.ensure, rundir.journal):
+        try:
+            check()
+        except ConfigurationError as error:
+            problems += error.problems
     if problems:
         raise ConfigurationError(problems)
     return config

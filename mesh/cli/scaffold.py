@@ -250,8 +250,22 @@ def _section(project: Path, name: str) -> str:
             if found:
                 lines = [each for each in found[0].splitlines() if not each.startswith(";")]
                 section = "\n".join(lines).rstrip() + "\n"
-                return gap + re.sub(rf"\b{re.escape(other)}\b", name, section)
+                return gap + _named(section, other, name)
     return gap + agent_section(name, _python_in(text) or "%(here)s/.venv/bin/python")
+
+
+def _named(section: str, other: str, name: str) -> str:
+    """Give another program's section a name; the same word may stand in it for something else."""
+    word = re.escape(other)
+    places = (
+        rf"(?<=\[program:){word}(?=\])",
+        rf"(?<=agents/){word}(?=\.py\b)",
+        rf"(?<=/){word}(?=\.(?:out|err|log)\b)",
+        rf'(?<=MESH_AGENT="){word}(?=")',
+        rf"(?<=MESH_AGENT=){word}\b",
+        rf"(?<=--name[ =]){word}\b",
+    )
+    return re.sub("|".join(places), name, section)
 
 
 def _python_in(text: str) -> str | None:

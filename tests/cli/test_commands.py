@@ -107,13 +107,26 @@ def test_an_event_that_cannot_travel_is_refused(topic: str, data: str, words: st
 
 def test_a_run_is_told_all_its_mistakes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEGION_LOG_LEVEL", "LOUD")
+    monkeypatch.setenv("MESH_JOURNAL", "../x")
 
     refused = call("run", "--csv", "/no/such.csv", "--speed", "-1")
 
     assert refused.exit_code == 78
     assert refused.stdout == ""
-    for words in ("/no/such.csv", "--speed -1", "LEGION_LOG_LEVEL=LOUD"):
+    for words in ("/no/such.csv", "--speed -1", "LEGION_LOG_LEVEL=LOUD", "MESH_JOURNAL=../x"):
         assert words in refused.stderr
+
+
+@pytest.mark.parametrize("command", ["up", "run", "status", "doctor"])
+def test_a_directory_whose_name_is_no_text_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("MESH_DIR", str(project / "d\udcff"))
+
+    refused = call(command)
+
+    assert refused.exit_code == 78
+    assert "d\\xff: is no UTF-8" in refused.output
 
 
 @pytest.mark.parametrize("text", ["novalue", "=x", "a-b=1"])
@@ -264,6 +277,23 @@ def test_new_writes_script_test_and_program(project: Path) -> None:
     theirs = conf.split("[program:market_data]\n")[1].split("\n\n[")[0].strip()
     ours = conf.split("[program:hello]\n")[1].strip()
     assert ours == theirs.replace("market_data", "hello")
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["log", "python", "command", "priority", "true", "runtime", "here", "out", "bin"],
+)
+def test_new_copies_a_section_whose_agent_is_called_as_something_else_in_it(
+    project: Path, other: str
+) -> None:
+    assert call("new", other).exit_code == 0
+    assert call("new", "second").exit_code == 0
+
+    conf = (project / "supervisord.conf").read_text()
+    expected = conf.split("[program:market_data]\n")[1].split("\n\n[")[0].strip()
+    for name in (other, "second"):
+        made = conf.split(f"[program:{name}]\n")[1].split("\n\n[")[0].strip()
+        assert made == expected.replace("market_data", name)
 
 
 @pytest.mark.parametrize(
