@@ -9,7 +9,6 @@ memory as a whole.
 from __future__ import annotations
 
 import csv
-import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -39,6 +38,7 @@ _NO_TEXT = {
 }
 _CONTROLS = frozenset(range(32)) - frozenset(b"\t\n\v\f\r")
 _HEAD_BYTES = 4096
+_MIN_PRICE, _MAX_PRICE = 1e-12, 1e12
 #: So much of a file is shown in words about it.
 _MAX_EXCERPT = 100
 #: Seconds, milliseconds, microseconds, nanoseconds since 1970, told apart by size.
@@ -81,6 +81,9 @@ class Feed:
         Raises:
             ConfigurationError: It is missing, empty, no text, or its columns are unknown.
         """
+        if self.path.exists() and not self.path.is_file():
+            # A pipe can be read once; this is not the last time
+            raise ConfigurationError(f"{self.path}: is no regular file; write it to one first")
         try:
             with self.path.open("rb") as head:
                 no_text = _why_no_text(head.read(_HEAD_BYTES))
@@ -93,9 +96,11 @@ class Feed:
         if first is None:
             raise ConfigurationError(f"{self.path}: the file is empty")
         self._dialect = max(_DELIMITERS, key=first.count)
-        cells = [
-            cell.strip().lower() for cell in next(csv.reader([first], delimiter=self._dialect))
-        ]
+        try:
+            found = next(csv.reader([first], delimiter=self._dialect))
+        except csv.Error as error:
+            raise ConfigurationError(f"{self.path}: its first line: {error}") from None
+        cells = [cell.strip().lower() for cell in found]
         self._has_header = not any(map(_is_value, cells))
         self._columns = self._by_header(cells) if self._has_header else self._by_count(cells)
         if not any(True for _ in self.rows()):
@@ -129,6 +134,11 @@ class Feed:
         time = next((name for name in _TIME_NAMES if name in columns), None)
         for wanted in (_TICK, _BAR):
             if time is not None and all(name in columns for name in wanted):
+                twice = [name for name in (time, *wanted) if cells.count(name) > 1]
+                if twice:
+                    raise ConfigurationError(
+                        f"{self.path}: more than one column is called {' and '.join(twice)}"
+                    )
                 return {"time": columns[time], **{name: columns[name] for name in wanted}}
         raise ConfigurationError(
             f"{self.path}: columns {_excerpt(', '.join(cells))} are neither ticks"
@@ -203,8 +213,7 @@ def parse_time(text: str) -> datetime:
     try:
         number = float(text)
     except ValueError:
-        moment = _iso(text)
-        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        return _iso(text)
     for bound, unit in _EPOCH_UNITS:
         if 0 < number < bound:
             return datetime.fromtimestamp(number / unit, UTC)
@@ -213,8 +222,9 @@ def parse_time(text: str) -> datetime:
 
 def _iso(text: str) -> datetime:
     try:
-        return datetime.fromisoformat(text)
-    except ValueError:
+        moment = datetime.fromisoformat(text)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):  # in UTC it may lie beyond the calendar
         raise ValueError(f"time {_excerpt(text)!r} is no moment") from None
 
 
@@ -223,6 +233,7 @@ def _price(name: str, text: str) -> float:
         value = float(text)
     except ValueError:
         raise ValueError(f"{name} {_excerpt(text)!r} is no number") from None
-    if not math.isfinite(value) or value <= 0:
+    # What follows computes with products and quotients of prices; this takes NaN as well
+    if not _MIN_PRICE <= value <= _MAX_PRICE:
         raise ValueError(f"{name} {_excerpt(text.strip())} is no price")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -58,21 +59,27 @@ def test_ticks_are_read_however_they_were_written(tmp_path: Path, content: str) 
     assert feed.bad_rows == 0
 
 
-BAD_ROWS = ("nan,1", "inf,1", "x,1", ",", "2,1", "-1,1", "0,1", "1")
+BAD_ROWS = (
+    "nan,1", "inf,1", "x,1", ",", "2,1", "-1,1", "0,1", "1", "1e200,1e200", "1e308,1.7e308",
+    "1e-300,1",
+)  # fmt: skip
+#: In UTC they lie beyond the calendar.
+BAD_TIMES = ("yesterday", "0001-01-01T00:00:00+05:00", "9999-12-31T23:59:59-05:00")
 
 
 def test_bad_rows_are_counted_and_told_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "ticks.csv"
     lines = ["timestamp,bid,ask", f"{MOMENT},1,2"]
     lines += [f"{MOMENT},{row}" for row in BAD_ROWS]
-    path.write_text("\n".join([*lines, "yesterday,1,2", f"{MOMENT},3,4"]))
+    lines += [f"{moment},1,2" for moment in BAD_TIMES]
+    path.write_text("\n".join([*lines, f"{MOMENT},3,4"]))
     feed = Feed(path)
 
     feed.check()
     rows = list(feed.rows())
 
     assert [row.bid for row in rows] == [1, 3]
-    assert feed.bad_rows == len(BAD_ROWS) + 1
+    assert feed.bad_rows == len(BAD_ROWS) + len(BAD_TIMES)
     assert feed.examples[0].startswith("line 3: bid nan")
 
 
@@ -115,6 +122,8 @@ async def test_the_agent_says_how_many_rows_it_skipped(
         (gzip.compress(b"a,b,c\n" * 99, mtime=0), "is compressed by gzip; unpack it first"),
         ("timestamp,bid,ask\n".encode("utf-16"), "is no text in UTF-8 but in UTF-16"),
         (b"\n\x00\x01\xff" * 1000, "is no text file"),
+        ("timestamp,bid,ask,bid\n1,2,3,4\n", "more than one column is called bid"),
+        ("x" * 200_000 + ",y\n", "its first line: field larger than field limit"),
         ("x" * 5000 + ",y\n", "columns x{100}[.]{3} are"),
         (
             "timestamp,bid,ask\n" + "x" * 5000 + ",y,z\n",
@@ -146,3 +155,11 @@ def test_a_row_with_a_control_character_is_a_bad_row(tmp_path: Path) -> None:
 
     assert len(list(feed.rows())) == 2
     assert feed.bad_rows == 1
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+
+    with pytest.raises(ConfigurationError, match="is no regular file"):
+        Feed(path).check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -115,6 +116,15 @@ def test_a_run_is_told_all_its_mistakes_at_once(monkeypatch: pytest.MonkeyPatch)
     assert refused.stdout == ""
     for words in ("/no/such.csv", "--speed -1", "LEGION_LOG_LEVEL=LOUD", "MESH_JOURNAL=../x"):
         assert words in refused.stderr
+
+
+def test_a_run_does_not_wait_for_a_pipe(project: Path) -> None:
+    os.mkfifo(project / "pipe")
+
+    refused = call("run", "--csv", "pipe")
+
+    assert refused.exit_code == 78
+    assert "pipe: is no regular file, and a pipe can be read only once" in refused.stderr
 
 
 @pytest.mark.parametrize("command", ["up", "run", "status", "doctor"])
