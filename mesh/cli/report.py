@@ -119,6 +119,8 @@ def show_report(report: Mapping[str, Any]) -> None:
     for name, agent in report["agents"].items():
         if agent["problem"]:
             say.line(f"{name}: {agent['problem']}", "red")
+    if report["interrupted"]:
+        say.line("interrupted: this is of what there was until then", "yellow")
 
 
 _MONEY = ("realised_pnl", "unrealised_pnl", "fees", "net_pnl")

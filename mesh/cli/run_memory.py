@@ -49,7 +49,8 @@ async def run_memory(
     try:
         # Scripts import each other's payloads by the dotted name from the project
         with contextlib.chdir(place.project), stop_signals() as stop:
-            return await _run(_make(scripts, params, config), stop)
+            report = await _run(_make(scripts, params, config), stop)
+            return report | {"interrupted": stop.is_set()}
     finally:
         close_log()
 

@@ -80,6 +80,7 @@ async def run_processes(
         run = _Run(rundir, config, stop)
         try:
             report = await run.report()
+            report["interrupted"] = stop.is_set()
         finally:
             await run.close()
             with contextlib.suppress(SupervisorError):

@@ -118,6 +118,7 @@ def test_what_was_put_aside_is_no_failure_of_its_agent(
 
     report = json.loads(ended.out)
     assert (ended.code, report["failed_agents"]) == (code, failed), ended
+    assert report["interrupted"] is False
     if code == 1:
         assert sum(report["dead_letters"].values()) == 1
         assert report["agents"]["stall"]["problem"] == "1 event could not be handled"

@@ -297,7 +297,7 @@ async def test_ctrl_c_ends_a_run_with_its_report(project: Path, own_mesh_dir: Pa
 
     assert process.returncode == 0, err
     report = json.loads(out)
-    assert report["lost"] == 0
+    assert (report["lost"], report["interrupted"]) == (0, True)
     assert run_mesh("status", cwd=project).code == 3
 
 
