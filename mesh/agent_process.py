@@ -23,6 +23,7 @@ from mesh.ledger import SOURCES, STATES, Ledger
 from mesh.params import Params
 from mesh.replicas import Roster, group_of
 from mesh.rosters import read_rosters
+from mesh.supervision.monitor_watch import MonitorWatch
 from mesh.telemetry import tracing_middleware
 from mesh.values import Value
 
@@ -234,11 +235,14 @@ class AgentProcess:
         """Beat from the handlers' own loop: a beat proves that the loop turns."""
         loop = asyncio.get_running_loop()
         due = loop.time()
+        monitor = MonitorWatch(self._launch.rundir) if self._launch.gated else None
         while True:
             self._lag_s = max(0.0, loop.time() - due)
             beat = self._beat_now(beats)
             beats.send(beat)
             await self._tell(beat)
+            if monitor is not None:
+                monitor.look()
             due = loop.time() + BEAT_S
             await asyncio.sleep(BEAT_S)
 

@@ -211,7 +211,7 @@ class Backlog:
     def __init__(self, directory: Path) -> None:
         """Open nothing yet."""
         self._directory = directory
-        self._mapped: dict[str, _Mapped] = {}
+        self._mapped: dict[str, MappedLedger] = {}
         self._refreshed_s = -self._REFRESH_S
 
     def under_way(self) -> int:
@@ -243,21 +243,32 @@ class Backlog:
         for path in self._directory.iterdir():
             if path.name not in self._mapped:
                 try:
-                    self._mapped[path.name] = _Mapped(path)
+                    self._mapped[path.name] = MappedLedger(path)
                 except (OSError, ValueError):
                     continue  # being made right now; seen at the next refresh
 
 
-class _Mapped:
-    """Another agent's ledger, mapped for reading."""
+class MappedLedger:
+    """
+    Another agent's ledger, mapped for reading.
+
+    Args:
+        path: Its file.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It is not whole yet.
+    """
 
     def __init__(self, path: Path) -> None:
+        """Map it."""
         with path.open("rb") as file:
             self._memory = mmap.mmap(file.fileno(), FILE_BYTES, prot=mmap.PROT_READ)
         self.cells = memoryview(self._memory).cast("Q")
         self._known: list[tuple[int, str, int]] = []
 
     def records(self) -> list[tuple[int, str, int]]:
+        """Give kind, key and place of each record."""
         if self._memory[HEADER_BYTES + len(self._known) * RECORD_BYTES]:
             self._known = list(records_in(self._memory))
         return self._known

@@ -231,6 +231,18 @@ def test_a_stopped_agent_is_replaced(project: Path, own_mesh_dir: Path) -> None:
         assert "the process is stopped (T)" in json.loads(entry)["reason"]
 
 
+@pytest.mark.fault
+@pytest.mark.timeout(120)
+def test_a_stopped_monitor_is_replaced_by_the_agents(project: Path) -> None:
+    with mesh_up(project, "--agents", "portfolio,risk"):
+        before = pids()
+
+        os.kill(before["monitor"], signal.SIGSTOP)
+        ready_again("monitor", before["monitor"], within_s=60)
+
+        assert {**pids(), "monitor": before["monitor"]} == before
+
+
 def test_a_stopped_supervisord_is_not_said_to_be_gone(project: Path) -> None:
     with mesh_up(project, "--agents", "portfolio"):
         pid = status()["supervisor_pid"]
