@@ -81,10 +81,10 @@ class Feed:
         Raises:
             ConfigurationError: It is missing, empty, no text, or its columns are unknown.
         """
-        if self.path.exists() and not self.path.is_file():
-            # A pipe can be read once; this is not the last time
-            raise ConfigurationError(f"{self.path}: is no regular file; write it to one first")
         try:
+            if self.path.exists() and not self.path.is_file():
+                # A pipe can be read once; this is not the last time
+                raise ConfigurationError(f"{self.path}: is no regular file; write it to one first")
             with self.path.open("rb") as head:
                 no_text = _why_no_text(head.read(_HEAD_BYTES))
             if no_text is not None:

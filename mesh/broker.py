@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from mesh import codec
-from mesh.cancelling import forget
+from mesh.cancelling import shed
 from mesh.clock import SYSTEM_CLOCK
 from mesh.errors import (
     BackpressureError,
@@ -397,7 +397,10 @@ class _Channel:
         self._queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._full = False
         self._stopped = False
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="channel")
+        loop = asyncio.get_running_loop()
+        self._task = loop.create_task(self._run(), name="channel")
+        #: Runs nobody's code: when it is cancelled, the loop ends.
+        self._sentry = loop.create_task(asyncio.Event().wait(), name="channel-sentry")
 
     def receive(self, topic: str, frame: bytes) -> None:
         try:
@@ -415,19 +418,23 @@ class _Channel:
     async def stop(self) -> None:
         self._stopped = True
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        self._sentry.cancel()
+        await asyncio.gather(self._task, self._sentry, return_exceptions=True)
+
+    def _is_ending(self) -> bool:
+        return self._stopped or self._sentry.done() or self._sentry.cancelling() > 0
 
     async def _run(self) -> None:
-        while not self._stopped:
+        while not self._is_ending():
             message = await self._queue.get()
             try:
                 await self._handler(message)
             except (Exception, asyncio.CancelledError) as error:
-                # The loop's end cancels it as well
-                if isinstance(error, asyncio.CancelledError) and self._task.cancelling():
+                if isinstance(error, asyncio.CancelledError) and self._is_ending():
                     raise
                 _log.exception("the channel's handler failed; the channel goes on")
-            forget(self._task)
+            if self._task.cancelling() and not self._is_ending():
+                await shed(self._task)
             if self._full and self._queue.qsize() < self.MAX_QUEUED // 2:
                 self._full = False
                 self._broker.resume(self)

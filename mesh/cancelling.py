@@ -16,14 +16,14 @@ import contextlib
 from typing import Any
 
 
-def forget(task: asyncio.Task[Any]) -> None:
-    """Let nothing be left of a task's cancellations."""
+async def shed(task: asyncio.Task[Any]) -> None:
+    """
+    Forget the cancellations of the running task; one that has not reached it does so here.
+
+    So does a wish that it end which comes in this very moment: whoever calls this looks again
+    afterwards whether there is one.
+    """
     while task.cancelling():
         task.uncancel()
-
-
-async def shed(task: asyncio.Task[Any]) -> None:
-    """Forget the cancellations of the running task; one that has not reached it does so here."""
-    forget(task)
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.sleep(0)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mesh.cancelling import forget, shed
+from mesh.cancelling import shed
 from mesh.errors import is_outage
 from mesh.ledger import SOURCES
 from mesh.logs import Sparing
@@ -83,10 +83,7 @@ class OwnWork:
                     self._say_outage(call.__name__, words, error)
                 else:
                     self._log.exception("%s", words)
-            if (task := asyncio.current_task()) is not None and task.cancelling():
-                if _is_cancelled(self._parent):
-                    raise asyncio.CancelledError
-                await shed(task)
+            await _end_or_shed(self._parent)
             # A call that took too long skips the beats it missed instead of hurrying after them
             due_s = max(due_s + seconds, self._clock.mono_s())
 
@@ -107,8 +104,7 @@ class OwnWork:
                     raise
                 tries = tries + 1 if self._clock.mono_s() - begun_s < _STEADY_S else 1
                 self._say_outage(name, f"{name} waits, and is then called again", error)
-                if (task := asyncio.current_task()) is not None:
-                    forget(task)
+                await _end_or_shed(parent)
                 await self._clock.sleep(OUTAGE.delay_s(tries))
             else:
                 return
@@ -118,6 +114,18 @@ class OwnWork:
             error = error.exceptions[0]
         self._ledger.count("outages_met")
         self._sparing.say(kind, logging.WARNING, f"{words}: {error}")
+
+
+async def _end_or_shed(parent: asyncio.Task[Any] | None) -> None:
+    """End with the parent; else let nothing be left of a task's cancellation of itself."""
+    task = asyncio.current_task()
+    if task is None or not task.cancelling():
+        return
+    if not _is_cancelled(parent):
+        await shed(task)
+    # It may have been cancelled in this very moment
+    if _is_cancelled(parent):
+        raise asyncio.CancelledError
 
 
 def _is_cancelled(task: asyncio.Task[Any] | None) -> bool:

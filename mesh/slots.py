@@ -149,7 +149,7 @@ class Slots:
         if self._stopping:
             return
         if task.cancelled():
-            # A handler that cancels its own task, or the end of the loop
+            # The end of the loop, or somebody who must not
             _log.error("%s was cancelled and hears nothing any more", task.get_name())
         else:
             _log.critical(

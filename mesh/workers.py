@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
+_ENDED = "its worker was ended before it came back"
+
 
 class OffloadError(Exception):
     """
@@ -67,6 +69,7 @@ class WorkerPool:
         self._crew: _Crew | None = None
         #: Those in which a worker is lost, while others of them are still at work.
         self._spent: set[_Crew] = set()
+        self._closes = 0
 
     async def call(
         self, func: Callable[..., _Result], *args: Any, timeout_s: float = 30.0
@@ -112,7 +115,10 @@ class WorkerPool:
         return result
 
     async def _run(self, packed: bytes) -> tuple[bytes | str, str]:
+        closes = self._closes
         while True:
+            if closes != self._closes:
+                raise OffloadError(_ENDED)
             if self._crew is None:
                 self._crew = _Crew(self._processes)
             crew = self._crew
@@ -136,7 +142,8 @@ class WorkerPool:
             await crew.close()
 
     async def close(self) -> None:
-        """End the workers, and the calls that are under way; can be called twice."""
+        """End the workers, and all calls; can be called twice."""
+        self._closes += 1
         crews = [*self._spent, *filter(None, (self._crew,))]
         self._crew = None
         self._spent.clear()
@@ -175,7 +182,7 @@ class _Crew:
             self.calls.discard(call)
             call.cancel()
         if call.cancelled():
-            raise OffloadError("its worker was ended before it came back")
+            raise OffloadError(_ENDED)
         outcome: tuple[bytes | str, str] = call.result()
         return outcome
 

@@ -155,11 +155,11 @@ def _pipeline_params(
 
 def _problem_of(path: Path) -> str | None:
     """Say why a file cannot be read; None when it can."""
-    if path.is_dir():
-        return "is a directory; name a CSV file"
-    if path.exists() and not path.is_file():
-        return "is no regular file, and a pipe can be read only once; write it to one first"
     try:
+        if path.is_dir():
+            return "is a directory; name a CSV file"
+        if path.exists() and not path.is_file():
+            return "is no regular file, and a pipe can be read only once; write it to one first"
         with path.open("rb") as file:
             return None if file.read(1) else "the file is empty"
     except OSError as error:

@@ -60,9 +60,8 @@ def programs_of(project: Path) -> list[str]:
 def script_of(project: Path, name: str) -> str | None:
     """Give the script a program runs; None for the mesh's own programs."""
     words = _read(project).get(_PROGRAM + name, "command", fallback="").split()
-    if "mesh.runtime" in words:
-        return words[words.index("mesh.runtime") + 1]
-    return None
+    after = words[words.index("mesh.runtime") + 1 :] if "mesh.runtime" in words else []
+    return after[0] if after else None
 
 
 def unlisted_of(project: Path) -> list[str]:
@@ -258,7 +257,8 @@ def _add_replica(parser: configparser.RawConfigParser, name: str, replica: str) 
         if key == "environment":
             value = re.sub(r"""\bMESH_(AGENT|GROUP)=("[^"]*"|'[^']*'|[^,]*)(,|$)""", "", value)
         elif key == "command":
-            value = re.sub(rf"(--name[= ]){re.escape(name)}(?=\s|$)", rf"\g<1>{replica}", value)
+            own = rf"""(--name[= ]["']?){re.escape(name)}(?=["'\s]|$)"""
+            value = re.sub(own, rf"\g<1>{replica}", value)
         elif key in ("stdout_logfile", "stderr_logfile"):
             value = _own_file(value, replica)
         parser.set(section, key, value)

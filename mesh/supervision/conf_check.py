@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import configparser
 import io
+import itertools
 import re
+import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 #: Where supervisord says what it is about.
 _PLACE = re.compile(
     r"(?P<words>.*) in section '(?P<section>.*)' \(file: '(?P<file>.*)'\)", re.DOTALL
 )
-#: As `mesh.runtime` takes it: over MESH_AGENT.
-_OPTION = re.compile(r"\bmesh\.runtime\b.*\s--name[= ]+(\S+)")
+#: Takes ``--name`` over MESH_AGENT.
+_RUNTIME = "mesh.runtime"
 
 
 def complaints_of(
@@ -68,8 +70,21 @@ def _in_own_words(said: str, rendered: Path, original: Path) -> str:
 
 def _agent_of(command: str, environment: Mapping[str, str]) -> list[tuple[str, str]]:
     """Give the name that an agent gets from its program, and where from; nothing without one."""
-    option = _OPTION.search(command)
+    try:
+        words = shlex.split(command)
+    except ValueError:  # supervisord says so when it starts it
+        words = []
+    option = _option_of(words[words.index(_RUNTIME) + 1 :]) if _RUNTIME in words else None
     if option is not None:
-        return [(option[1], f"--name {option[1]}")]
+        return [(option, f"--name {option}")]
     name = environment.get("MESH_AGENT")
     return [(name, f"MESH_AGENT={name}")] if name else []
+
+
+def _option_of(words: Sequence[str]) -> str | None:
+    for word, following in itertools.zip_longest(words, words[1:]):
+        if word == "--name":
+            return following
+        if word.startswith("--name="):
+            return word.removeprefix("--name=")
+    return None

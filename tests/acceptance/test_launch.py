@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import sys
 import time
@@ -166,11 +167,15 @@ async def test_work_under_way_at_the_end_is_not_waited_for(tmp_path: Path) -> No
     begun = tmp_path / "begun"
     working = asyncio.create_task(pool.call(last_until, str(begun), "never", timeout_s=600))
     await eventually(begun.exists, within_s=20)
+    waiting = asyncio.create_task(pool.call(double, 1, timeout_s=600))
+    await asyncio.sleep(0)
 
     await pool.close()
 
-    with pytest.raises(OffloadError, match="its worker was ended before it came back"):
-        await working
+    for call in (working, waiting):
+        with pytest.raises(OffloadError, match="its worker was ended before it came back"):
+            await call
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("lost", [die, never_end])

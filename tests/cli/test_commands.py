@@ -118,6 +118,13 @@ def test_a_run_is_told_all_its_mistakes_at_once(monkeypatch: pytest.MonkeyPatch)
         assert words in refused.stderr
 
 
+def test_a_name_that_no_file_can_have_is_told(project: Path) -> None:
+    refused = call("run", "--memory", "--csv", "a" * 300)
+
+    assert refused.exit_code == 78
+    assert "File name too long" in refused.stderr
+
+
 def test_a_run_does_not_wait_for_a_pipe(project: Path) -> None:
     os.mkfifo(project / "pipe")
 

@@ -189,6 +189,31 @@ def test_what_supervisord_cannot_read_is_told_of_the_file_that_people_write(
     assert (home.path / "conf" / "supervisord.conf").read_text() == before
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m mesh.runtime agents/foo.py --name foo",
+        "python -m mesh.runtime agents/foo.py --name=foo",
+        """python -m mesh.runtime agents/foo.py --name "foo" """,
+        "python -m mesh.runtime --name 'foo' agents/foo.py",
+        """/bin/sh -c "exec python -m mesh.runtime agents/foo.py --name foo" """,
+        "python -m mesh.runtime",
+        "python -m mesh.runtime agents/foo.py --name",
+    ],
+)
+def test_a_command_that_names_its_agent_right_or_not_at_all_is_taken(
+    project: Path, home: RunDir, command: str
+) -> None:
+    with (project / "supervisord.conf").open("a") as file:
+        file.write(f"\n[program:foo]\ncommand={command}\n")
+
+    conf.check_conf(project)
+    replica = rendered(project, home, {"foo": 2})["program:foo@2"]
+
+    assert ("foo@2" in replica["command"]) == ("foo" in command.partition("--name")[2])
+    assert conf.script_of(project, "foo") != ""
+
+
 def test_a_file_without_supervisords_own_section_is_refused(project: Path, home: RunDir) -> None:
     (project / "supervisord.conf").write_text(ODD)
 

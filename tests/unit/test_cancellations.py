@@ -10,6 +10,7 @@ import pytest
 
 from mesh import (
     Agent,
+    AgentContext,
     ConsumerConfig,
     Event,
     EventConsumer,
@@ -20,6 +21,7 @@ from mesh import (
     event_type,
     every,
     on,
+    source,
 )
 from mesh.testing import AgentHarness, FakeClock
 from tests.plumbing.agents import running, speaking
@@ -173,20 +175,85 @@ async def test_a_timer_whose_task_group_failed_is_called_for_ever(fake_clock: Fa
     assert failed == 8
 
 
+@pytest.mark.parametrize("turns", range(10))
+async def test_a_timer_ends_with_its_agent_although_it_has_just_cancelled_itself(
+    turns: int,
+) -> None:
+    """The wish that it end may come in the turn in which what it has cancelled is forgotten."""
+    waits = asyncio.Event()
+    calls: list[int] = []
+
+    class Both(Agent):
+        @every(0.01)
+        async def tick(self) -> None:
+            calls.append(1)
+            await waits.wait()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            with contextlib.suppress(asyncio.CancelledError):
+                await cancelling_itself()
+
+        @source
+        async def feed(self) -> None:
+            await eventually(lambda: bool(calls))
+            waits.set()
+            raise ValueError("an ordinary mistake")
+
+    async with InMemoryMessageBroker() as broker:
+        agent = Both(AgentContext(name="both", broker=broker))
+        agent.context.gate.set()
+        await agent.open()
+        with pytest.raises(ExceptionGroup):
+            await asyncio.create_task(agent.work())
+        await agent.close()
+
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("deed", DEEDS)
 async def test_a_channel_goes_on_whatever_its_handler_cancels(
-    caplog: pytest.LogCaptureFixture,
+    deed: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard: list[int] = []
-    deeds = {1: awaiting_what_was_cancelled, 2: group, 3: awaiting_what_was_cancelled}
 
     async def hear(message: dict[str, Any]) -> None:
         heard.append(message["i"])
-        await deeds.get(message["i"], nothing)()
+        if message["i"] in {1, 3}:
+            await group_whose_error_is_caught()
+            await DEEDS[deed]()
 
     async with InMemoryMessageBroker() as broker:
         await broker.subscribe("a.b", hear)
-        for number in range(6):
+        for number in range(5):
             await broker.publish("a.b", {"i": number})
-        await eventually(lambda: heard == [0, 1, 2, 3, 4, 5])
+            await eventually(lambda: len(heard) == number + 1)  # noqa: B023
+            # It waits for the next one
+            for _ in range(5):
+                await asyncio.sleep(0)
 
-    assert caplog.text.count("the channel's handler failed; the channel goes on") == 3
+    assert heard == [0, 1, 2, 3, 4]
+    failed = caplog.text.count("the channel's handler failed; the channel goes on")
+    assert failed == (2 if deed in FAILING else 0)
+
+
+def test_a_loop_that_ends_is_not_held_up_by_a_channel() -> None:
+    heard: list[int] = []
+
+    async def hear(message: dict[str, Any]) -> None:
+        heard.append(message["i"])
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise ValueError("not now") from None
+
+    async def main() -> None:
+        broker = InMemoryMessageBroker()
+        await broker.connect()
+        await broker.subscribe("a.b", hear)
+        for number in range(2):
+            await broker.publish("a.b", {"i": number})
+        await eventually(lambda: heard == [0])
+
+    asyncio.run(main())
+
+    assert heard == [0]
