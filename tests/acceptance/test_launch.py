@@ -128,7 +128,7 @@ async def test_what_cannot_travel_is_refused_at_once(worker: Worker) -> None:
 @pytest.mark.parametrize(
     ("deed", "words"),
     [
-        (give_a_function, "what it returned, a function, cannot travel back: Can't pickle"),
+        (give_a_function, "what it returned, a function, cannot travel back: Can't"),
         (leave, "SystemExit: 3"),
         (not_plain, "is a coroutine function; pass a plain one"),
     ],
