@@ -93,9 +93,9 @@ def _look_at_group(
     """Say whether a consumer must look anew at its group, and the number of the last event."""
     found, lapsed, last = connection.execute(
         "SELECT version, (SELECT count(*) FROM members WHERE group_id = groups.id"
-        " AND consumer != ?2 AND lease_until_ms NOT BETWEEN ?3 AND ?4),"
-        " (SELECT seq FROM sqlite_sequence WHERE name = 'events') FROM groups WHERE name = ?1",
-        (consumer.group, consumer.name, mono_ms, mono_ms + lease_ms),
+        " AND consumer != ? AND lease_until_ms NOT BETWEEN ? AND ?),"
+        " (SELECT seq FROM sqlite_sequence WHERE name = 'events') FROM groups WHERE name = ?",
+        (consumer.name, mono_ms, mono_ms + lease_ms, consumer.group),
     ).fetchone()
     return found != version or lapsed > 0, last or 0
 
@@ -147,11 +147,13 @@ def group_views(connection: sqlite3.Connection, now_ms: int) -> list[GroupView]:
     for group, topic, group_id, topic_id, floor in places:
         pending, oldest_ms = connection.execute(
             "SELECT count(*), min(at_ms) FROM events JOIN cursors"
-            " ON group_id = ?1 AND cursors.topic = ?2 AND cursors.partition = events.partition"
-            " WHERE events.topic = ?2 AND events.seq > ?3 AND events.seq > cursors.seq"
-            " AND NOT EXISTS (SELECT 1 FROM acked WHERE acked.group_id = ?1 AND acked.topic = ?2"
+            " ON group_id = :group AND cursors.topic = :topic"
+            " AND cursors.partition = events.partition"
+            " WHERE events.topic = :topic AND events.seq > :floor AND events.seq > cursors.seq"
+            " AND NOT EXISTS"
+            " (SELECT 1 FROM acked WHERE acked.group_id = :group AND acked.topic = :topic"
             "  AND acked.partition = events.partition AND acked.seq = events.seq)",
-            (group_id, topic_id, floor),
+            {"group": group_id, "topic": topic_id, "floor": floor},
         ).fetchone()
         age_ms = 0 if oldest_ms is None else max(0, now_ms - oldest_ms)
         views.append(GroupView(group, topic, pending, age_ms / 1000))
