@@ -10,8 +10,8 @@ from mesh.account import LinkAccount, account
 from mesh.card import read_cards
 from mesh.ledger_views import LedgerView, read_ledgers
 from mesh.replicas import group_of, number_of
-from mesh.supervision.boot import last_warning, last_words
 from mesh.supervision.conf import INFRASTRUCTURE
+from mesh.supervision.last_words import last_warning, last_words
 from mesh.supervision.supervisord import ProcessInfo, SupervisorClient
 from mesh.topic_map import disagreements
 

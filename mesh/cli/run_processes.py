@@ -27,9 +27,9 @@ from mesh.ledger_views import LedgerView, read_ledgers
 from mesh.publisher import EventPublisher, PublisherConfig
 from mesh.requests import Requester
 from mesh.supervision import boot
-from mesh.supervision.boot import last_printed, last_words
 from mesh.supervision.conf import INFRASTRUCTURE
 from mesh.supervision.declaring import durable_topics, look_at_scripts
+from mesh.supervision.last_words import last_printed, last_words
 from mesh.supervision.supervisord import SupervisorClient, SupervisorError
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from mesh.cli.starting import left_running
 from mesh.cli.status import closing, show
 from mesh.config import MessageBusConfig
 from mesh.rundir import RunDir
-from mesh.supervision.boot import BootError, last_warning
+from mesh.supervision.boot import BootError
+from mesh.supervision.last_words import last_warning
 from mesh.supervision.supervisord import ProcessInfo
 
 if TYPE_CHECKING:
