@@ -111,7 +111,10 @@ class WorkerPool:
             raise OffloadTimeoutError(f"{name} did not come back within {timeout_s:g} s") from None
         if isinstance(value, str):
             raise OffloadError(value, trace)
-        result: _Result = ForkingPickler.loads(value)
+        try:
+            result: _Result = ForkingPickler.loads(value)
+        except Exception as error:
+            raise OffloadError(f"what {name} returned cannot travel back: {error}") from error
         return result
 
     async def _run(self, packed: bytes) -> tuple[bytes | str, str]:

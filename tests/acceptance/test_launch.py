@@ -70,6 +70,17 @@ def give_a_function() -> object:
     return lambda: 1
 
 
+class Unwelcome:
+    """Pickles, and cannot be made of that again."""
+
+    def __reduce__(self) -> tuple[type[int], tuple[str]]:
+        return int, ("no number",)
+
+
+def give_what_is_unwelcome() -> Unwelcome:
+    return Unwelcome()
+
+
 def leave() -> None:
     sys.exit(3)
 
@@ -129,6 +140,7 @@ async def test_what_cannot_travel_is_refused_at_once(worker: Worker) -> None:
     ("deed", "words"),
     [
         (give_a_function, "what it returned, a function, cannot travel back: Can't"),
+        (give_what_is_unwelcome, "cannot travel back: invalid literal for int"),
         (leave, "SystemExit: 3"),
         (not_plain, "is a coroutine function; pass a plain one"),
     ],
