@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from mesh.agent import Agent, AgentContext
 from mesh.beats import Beat, BeatSender
 from mesh.card import Card, write_card
-from mesh.errors import EXIT_BUG, BrokerUnavailableError, ConfigurationError, MeshError, words_of
+from mesh.errors import (
+    EXIT_BUG,
+    BrokerUnavailableError,
+    ConfigurationError,
+    MeshError,
+    first_leaf,
+    words_of,
+)
 from mesh.events import EventType, is_downgraded, is_durable
 from mesh.factory import make_broker
 from mesh.ledger import SOURCES, STATES, Ledger
@@ -306,11 +313,3 @@ class AgentProcess:
 def _state(ledger: Ledger) -> str:
     state = STATES[ledger.get("state")]
     return "starting" if state == "absent" else state
-
-
-def first_leaf(error: BaseException | None) -> BaseException:
-    """Give the first error of a group, of however many."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert error is not None
-    return error

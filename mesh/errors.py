@@ -160,6 +160,14 @@ def sound_text(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def first_leaf(error: BaseException | None) -> BaseException:
+    """Give the first error of a group, however deep it is; one that is no group is its own."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert error is not None
+    return error
+
+
 def is_outage(error: BaseException) -> bool:
     """Say whether an error means only that the fabric or the journal is away, and can come back."""
     if isinstance(error, BaseExceptionGroup):

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mesh.cancelling import shed
-from mesh.errors import is_outage
+from mesh.errors import first_leaf, is_outage
 from mesh.ledger import SOURCES
 from mesh.logs import Sparing
 from mesh.retry import OUTAGE
@@ -110,10 +110,8 @@ class OwnWork:
                 return
 
     def _say_outage(self, kind: str, words: str, error: BaseException) -> None:
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
         self._ledger.count("outages_met")
-        self._sparing.say(kind, logging.WARNING, f"{words}: {error}")
+        self._sparing.say(kind, logging.WARNING, f"{words}: {first_leaf(error)}")
 
 
 async def _end_or_shed(parent: asyncio.Task[Any] | None) -> None:

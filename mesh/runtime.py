@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mesh import env, process
-from mesh.agent_process import AgentProcess, Launch, first_leaf
+from mesh.agent_process import AgentProcess, Launch
 from mesh.config import MessageBusConfig
 from mesh.errors import (
     EXIT_BUG,
@@ -27,6 +27,7 @@ from mesh.errors import (
     BrokerUnavailableError,
     ConfigurationError,
     MeshError,
+    first_leaf,
 )
 from mesh.loading import load_agent
 from mesh.logs import set_up_logging

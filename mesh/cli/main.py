@@ -23,7 +23,7 @@ from mesh.cli.exits import (
     code_of,
     words_for_file,
 )
-from mesh.errors import ConfigurationError, MeshError
+from mesh.errors import ConfigurationError, MeshError, first_leaf
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -177,10 +177,9 @@ def _drop_unwritten() -> None:
 
 
 def _leaf(error: BaseException) -> MeshError | OSError:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, (MeshError, OSError))
-    return error
+    first = first_leaf(error)
+    assert isinstance(first, (MeshError, OSError))
+    return first
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.account import account
 from mesh.cli import say
 from mesh.ledger_views import LedgerView, percentile_us
+from mesh.topic_map import LIFE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -16,14 +17,12 @@ if TYPE_CHECKING:
 
 MARKET_DATA = "market.data.received"
 APPROVED = "trade.approved"
-#: Events of agents' own lives come and go with time: they are no part of the work done.
-_LIFE = "agent."
 
 
 def work_published(views: Mapping[str, LedgerView]) -> dict[str, int]:
-    """Count the events by type, without those of the agents' own lives."""
+    """Count the events by type, without those of the agents' own lives: they come with time."""
     published = account(views).published
-    return {topic: published[topic] for topic in sorted(published) if not topic.startswith(_LIFE)}
+    return {topic: published[topic] for topic in sorted(published) if not topic.startswith(LIFE)}
 
 
 def began_at_s(views: Mapping[str, LedgerView]) -> float | None:
@@ -32,7 +31,7 @@ def began_at_s(views: Mapping[str, LedgerView]) -> float | None:
         out.began
         for view in views.values()
         for topic, out in view.out.items()
-        if out.began and not topic.startswith(_LIFE)
+        if out.began and not topic.startswith(LIFE)
     ]
     return min(epochs) / 1e9 if epochs else None
 

@@ -11,7 +11,7 @@ from mesh.cli.report import by_reason, make_report
 from mesh.cli.signals import stop_signals, unless
 from mesh.cli.watching import LOOK_S, Watch
 from mesh.dead_letter_queue import DeadLetterQueue
-from mesh.errors import ConfigurationError, MeshError, words_of
+from mesh.errors import ConfigurationError, MeshError, first_leaf, words_of
 from mesh.inprocess import InProcessMesh
 from mesh.loading import AgentScriptError, words_with_place
 from mesh.logs import set_up_logging
@@ -130,7 +130,7 @@ async def _open(mesh: InProcessMesh, until_closed: contextlib.AsyncExitStack) ->
     try:
         await until_closed.enter_async_context(mesh)
     except Exception as error:
-        first = _leaf(error)
+        first = first_leaf(error)
         # One is opened after the other: the last that has begun is the one
         name = [name for name, view in mesh.views().items() if view.state != "absent"][-1]
         if isinstance(first, ConfigurationError):
@@ -154,7 +154,7 @@ async def _until_quiet(
         if await unless(stop, mesh.sources_done()):
             quiet = await unless(stop, mesh.quiet())
     except Exception as error:  # noqa: BLE001 - an agent's own failure is told by the report
-        problems[_failed_source(mesh)] = f"{SOURCE_FAILED}: {words_of(_leaf(error))}"
+        problems[_failed_source(mesh)] = f"{SOURCE_FAILED}: {words_of(first_leaf(error))}"
     finally:
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
@@ -187,9 +187,3 @@ async def _dead_letters(mesh: InProcessMesh) -> dict[str, int]:
 def _failed_source(mesh: InProcessMesh) -> str:
     states = {name: view.sources for name, view in mesh.views().items()}
     return next((name for name, state in states.items() if state == "failed"), "mesh")
-
-
-def _leaf(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING
 from mesh.ledger import CELL_OF
 from mesh.ledger_views import MappedLedger
 from mesh.supervision import kernel
+from mesh.supervision.liveness import LivenessConfig
 
 if TYPE_CHECKING:
     from mesh.rundir import RunDir
 
 _log = logging.getLogger(__name__)
 
-#: As an agent that is silent for so long (`mesh.supervision.liveness`).
-HUNG_S = 10.0
+#: As an agent's.
+_HUNG_S = LivenessConfig().hung_s
 
 
 class MonitorWatch:
@@ -36,7 +37,7 @@ class MonitorWatch:
         hung_s: For how long a monitor that is stopped may be silent.
     """
 
-    def __init__(self, rundir: RunDir, *, hung_s: float = HUNG_S) -> None:
+    def __init__(self, rundir: RunDir, *, hung_s: float = _HUNG_S) -> None:
         """Know of no monitor yet."""
         self._rundir = rundir
         self._hung_s = hung_s
